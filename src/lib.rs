@@ -1,0 +1,8 @@
+//! A key-value store with a REST API, replicated by Raft on plain threads and channels.
+
+pub mod fail_point;
+pub mod codec;
+pub mod random;
+pub mod membership;
+pub mod membership_change;
+pub mod command;
