@@ -6,3 +6,6 @@ pub mod random;
 pub mod membership;
 pub mod membership_change;
 pub mod command;
+pub mod disk;
+pub mod memory_disk;
+pub mod raft_log;
