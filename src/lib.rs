@@ -9,3 +9,6 @@ pub mod command;
 pub mod disk;
 pub mod memory_disk;
 pub mod raft_log;
+pub mod store;
+pub mod snapshot;
+pub mod watch;
