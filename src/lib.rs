@@ -12,3 +12,7 @@ pub mod raft_log;
 pub mod store;
 pub mod snapshot;
 pub mod watch;
+pub mod message;
+pub mod message_check;
+pub mod raft_core;
+pub mod data_dir;
