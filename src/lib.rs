@@ -16,3 +16,8 @@ pub mod message;
 pub mod message_check;
 pub mod raft_core;
 pub mod data_dir;
+pub mod peer_protocol;
+pub mod acquaintances;
+pub mod reconfiguration;
+pub mod administration;
+pub mod replica;
