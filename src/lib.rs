@@ -21,3 +21,4 @@ pub mod acquaintances;
 pub mod reconfiguration;
 pub mod administration;
 pub mod replica;
+pub mod http;
