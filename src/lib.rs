@@ -3,6 +3,7 @@
 pub mod fail_point;
 pub mod codec;
 pub mod random;
+pub mod config;
 pub mod membership;
 pub mod membership_change;
 pub mod command;
@@ -22,3 +23,10 @@ pub mod reconfiguration;
 pub mod administration;
 pub mod replica;
 pub mod http;
+pub mod peer_sender;
+pub mod peer_server;
+pub mod applier;
+pub mod driver;
+pub mod peer_network;
+pub mod api;
+pub mod node;

@@ -1,0 +1,536 @@
+//! The driver: the thread that owns Raft.
+//!
+//! It takes events from one bounded queue, lets its [`Replica`] digest all that are waiting, and processes them in one
+//! go, so that many writes share one sync. Its ticker is the deadline of its wait: a stall of any length gives one
+//! tick, not a burst.
+//!
+//! It waits for nobody but the applier's queue (and the applier waits for nobody), so no cycle of threads can wait
+//! for each other: connections and peer connections wait for the driver, the driver for the applier.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use raft::eraftpb::Message;
+
+use crate::acquaintances::Promises;
+use crate::disk::Disk;
+use crate::membership::{Membership, NodeId};
+use crate::message::{AdminReply, AdminRequest, Refusal, SnapshotInfo, Status, Transfer, WriteReply};
+use crate::message_check::Offence;
+use crate::peer_protocol::{Hello, HelloAnswer, HelloRefusal, PeerMessage};
+use crate::raft_core::CoreError;
+use crate::raft_log::SEGMENT_BYTES;
+use crate::replica::{Answer, Apply, Host, Replica};
+use crate::store::{Capture, Version};
+
+/// Events that wait for the driver. More than there are connections (each waits for its one request), so a client
+/// meets the limit only when the driver is stuck; it is then told 503. Peer connections wait, and TCP slows the peer.
+pub const EVENTS_MAX: usize = 8 * 1024;
+
+/// Events taken in before the replica processes them: bounds what one sync covers, and how late a tick can be.
+pub const EVENTS_PER_TURN_MAX: usize = 1024;
+
+/// Batches on their way to the applier. When it is full the driver waits: that is what slows clients down to the
+/// speed of the state machine. Each holds at most [`crate::raft_core::COMMITTED_BYTES_MAX`] and a Ready's rest.
+pub const APPLY_BATCHES_MAX: usize = 8;
+
+/// A thread that makes no progress for so long is reported by `/_/livez`.
+pub const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a node that has applied its own removal waits until a member confirms that it knows of it too. That
+/// takes a second: each stream to a peer begins with an introduction, and a removed node's is refused.
+pub const REMOVAL_CONFIRMATION_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often the applier is asked for a snapshot that a follower needs, while it is being made.
+pub const SNAPSHOT_ASK_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How long a stopping leader waits for another to take over, and for requests in flight to end.
+pub const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Free bytes of the disk below which PUTs are refused. The log allocates its next segment whole, so below one segment
+/// the next roll may end the node; a second one is for what comes in before the free space is looked at again, and for
+/// the snapshot that lets the log be shortened. 64 MiB at least, so that small segments leave room for that too.
+pub const FREE_BYTES_RESERVE: u64 = if 2 * SEGMENT_BYTES > 64 << 20 { 2 * SEGMENT_BYTES } else { 64 << 20 };
+
+/// How often the disk is asked for its free space. Within it no more comes in than the reserve covers.
+pub const FREE_BYTES_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Tells whether there is room for more keys and values.
+pub struct Room {
+    disk: Arc<dyn Disk>,
+    published: Arc<ArcSwap<Version>>,
+    store_bytes_max: u64,
+    /// The free bytes when last asked for, if they are below the reserve.
+    below_reserve: Option<u64>,
+    look_again_at: Instant,
+}
+
+impl Room {
+    /// Room on `disk`, and for `store_bytes_max` bytes of keys and values in what is published.
+    pub fn new(disk: Arc<dyn Disk>, published: Arc<ArcSwap<Version>>, store_bytes_max: u64) -> Room {
+        Room { disk, published, store_bytes_max, below_reserve: None, look_again_at: Instant::now() }
+    }
+
+    /// Why there is no room now.
+    fn full(&mut self, now: Instant) -> Option<String> {
+        if now >= self.look_again_at {
+            self.look_again_at = now + FREE_BYTES_INTERVAL;
+            self.look();
+        }
+        if let Some(free) = self.below_reserve {
+            return Some(format!(
+                "the disk of this node has {free} bytes left, and {FREE_BYTES_RESERVE} are kept in reserve: free some \
+                 space; DELETE still works"
+            ));
+        }
+        let (bytes, max) = (self.published.load().bytes(), self.store_bytes_max);
+        (bytes >= max).then(|| {
+            format!("the store holds {bytes} bytes of keys and values, and --max-store-bytes is {max}: delete some")
+        })
+    }
+
+    fn look(&mut self) {
+        // A file system that can't tell will say so itself when it is full.
+        let free = self.disk.free_bytes().unwrap_or(u64::MAX);
+        let below_reserve = Some(free).filter(|free| *free < FREE_BYTES_RESERVE);
+        match (self.below_reserve, below_reserve) {
+            (None, Some(free)) => log::warn!(
+                "the disk has {free} bytes left, below the reserve of {FREE_BYTES_RESERVE}: refusing PUT until there is \
+                 more"
+            ),
+            (Some(_), None) => log::info!("the disk has {free} bytes left: taking PUT again"),
+            _ => {}
+        }
+        self.below_reserve = below_reserve;
+    }
+}
+
+/// What a connection that waits is sent.
+pub enum Reply {
+    /// To a write.
+    Write(WriteReply),
+    /// To a request that changes the cluster.
+    Admin(AdminReply),
+    /// To a read: the version that holds everything the read must see.
+    Read(Result<Arc<Version>, Refusal>),
+}
+
+/// Where the answer to a request goes: the queue of one connection, with room for its one answer.
+pub type ReplyTo = Sender<Reply>;
+
+/// What happens to the driver.
+pub enum Event {
+    /// A client's write.
+    Write {
+        /// The encoded command.
+        command: Bytes,
+        /// When the client gives up.
+        deadline: Instant,
+        /// Who waits.
+        reply: ReplyTo,
+    },
+    /// A client's linearizable read.
+    Read {
+        /// When the client gives up.
+        deadline: Instant,
+        /// Who waits.
+        reply: ReplyTo,
+    },
+    /// A client's request to change the cluster.
+    Admin {
+        /// What is asked.
+        request: AdminRequest,
+        /// When the client gives up.
+        deadline: Instant,
+        /// Who waits.
+        reply: ReplyTo,
+    },
+    /// A member says that this node was removed from the cluster.
+    Removed(NodeId),
+    /// A member refuses this node for its data directory.
+    Disowned(NodeId, HelloRefusal),
+    /// What does the node say of itself?
+    Status(Sender<Status>),
+    /// A peer introduces itself.
+    Hello(Box<Hello>, Sender<Result<HelloAnswer, HelloRefusal>>),
+    /// Messages of a peer that has introduced itself.
+    Peer(NodeId, Vec<PeerMessage>),
+    /// A peer could not be reached.
+    Unreachable(NodeId),
+    /// Sending a snapshot to a peer ended, well or not.
+    SnapshotSent(NodeId, bool),
+    /// A snapshot that a peer sent is on disk, complete.
+    SnapshotReceived {
+        /// The peer.
+        from: NodeId,
+        /// The Raft message that announces it.
+        message: Box<Message>,
+        /// The membership that the file holds.
+        membership: Arc<Membership>,
+    },
+    /// A snapshot of this node's own state is on disk, complete.
+    SnapshotWritten {
+        /// Its index and size.
+        info: SnapshotInfo,
+        /// The membership that the file holds.
+        membership: Arc<Membership>,
+    },
+    /// Hand leadership over if held, answer what is in flight, and end.
+    Stop,
+}
+
+/// Threads that the driver's messages go to.
+pub trait Network: Send {
+    /// Queues a message for a peer; false if it was surely not sent.
+    fn send(&mut self, to: NodeId, message: PeerMessage) -> bool;
+    /// Sends a snapshot file in the background, which ends in [`Event::SnapshotSent`]; false if that was not begun.
+    fn send_snapshot(&mut self, to: NodeId, message: Message) -> bool;
+    /// How far the snapshot has come that is on its way to a peer.
+    fn transfer(&self, to: NodeId) -> Option<Transfer>;
+    /// Opens and closes connections so that they fit the membership.
+    fn follow(&mut self, membership: &Membership);
+    /// Checks who a peer says it is.
+    fn hello(
+        &mut self,
+        hello: &Hello,
+        promises: Promises,
+        membership: &Membership,
+    ) -> Result<HelloAnswer, HelloRefusal>;
+    /// The data directory of a member, this node included, if it is known.
+    fn directory(&self, member: NodeId) -> Option<u128>;
+    /// Where this node's log ends, for its own introductions.
+    fn position(&mut self, term: u64, last_index: u64);
+}
+
+/// What goes to the applier's thread.
+pub enum ToApplier {
+    /// Apply these.
+    Batch(Vec<Apply<ReplyTo>>),
+    /// A follower needs a snapshot newer than the newest.
+    SnapshotWanted,
+    /// A client asks for a snapshot.
+    Snapshot(Sender<Result<SnapshotInfo, Refusal>>),
+}
+
+/// What the snapshotter is asked to do.
+pub enum ToSnapshotter {
+    /// Write this; tell who waits.
+    Write(Box<Capture>, Option<Sender<Result<SnapshotInfo, Refusal>>>),
+    /// The log names a snapshot of this index: older ones are not needed.
+    RemoveOlder(u64),
+}
+
+/// When a thread last made progress, in milliseconds since the node started.
+#[derive(Clone, Debug)]
+pub struct Progress {
+    started: Instant,
+    at: Arc<AtomicU64>,
+}
+
+impl Progress {
+    /// A thread that starts now.
+    pub fn new(started: Instant) -> Progress {
+        Progress { started, at: Arc::new(AtomicU64::new(0)) }
+    }
+
+    /// Notes progress now.
+    pub fn note(&self) {
+        self.at.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Whether the last progress is longer ago than [`PROGRESS_TIMEOUT`].
+    pub fn stalled(&self) -> bool {
+        let at = Duration::from_millis(self.at.load(Ordering::Relaxed));
+        self.started.elapsed().saturating_sub(at) > PROGRESS_TIMEOUT
+    }
+}
+
+/// The driver's settings.
+pub struct DriverOptions {
+    /// One tick.
+    pub heartbeat_interval: Duration,
+    /// Entries kept behind a snapshot for followers that are a little late.
+    pub snapshot_catchup_entries: u64,
+    /// Orders to remove old snapshots go here.
+    pub snapshotter: Sender<ToSnapshotter>,
+    /// Tells when PUTs are to be refused.
+    pub room: Room,
+}
+
+/// The driver's state; [`Driver::run`] is its thread.
+pub struct Driver<N: Network> {
+    /// The node above Raft.
+    pub replica: Replica<ReplyTo>,
+    /// Events in.
+    pub events: Receiver<Event>,
+    /// Batches out.
+    pub applier: Sender<ToApplier>,
+    /// Messages out.
+    pub network: N,
+    /// Settings.
+    pub options: DriverOptions,
+    /// Notes that the driver makes progress.
+    pub progress: Progress,
+    /// The zero of the replica's time.
+    pub started: Instant,
+    /// Whether there is more to do without a new event.
+    pub more: bool,
+    /// When a snapshot was last asked for on behalf of a follower.
+    pub snapshot_asked: Option<Instant>,
+    /// What was refused of peers' messages.
+    pub offences: Offences,
+}
+
+/// How many messages of each peer were refused, by cause.
+#[derive(Debug, Default)]
+pub struct Offences(BTreeMap<(NodeId, &'static str), u64>);
+
+impl Offences {
+    /// Counts one, and logs the first, second, fourth, eighth of a cause: a peer that goes on must not fill the log.
+    fn note(&mut self, from: NodeId, offence: &Offence) {
+        let count = self.0.entry((from, offence.kind())).or_default();
+        *count += 1;
+        if count.is_power_of_two() {
+            log::warn!("dropped a message of member {from}: {offence} ({count} of this kind)");
+        }
+    }
+}
+
+/// How the driver ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum DriverEnd {
+    /// It was told to.
+    Stopped,
+    /// This node was removed from the cluster.
+    Removed,
+    /// Another member refuses this node for its data directory; why, and the way out.
+    Disowned(String),
+}
+
+impl<N: Network> Driver<N> {
+    /// Runs until told to stop, until this node is removed, or until it can't keep its promises: then with the reason.
+    pub fn run(mut self) -> Result<DriverEnd, CoreError> {
+        let mut next_tick = Instant::now() + self.options.heartbeat_interval;
+        let mut stop_by: Option<Instant> = None;
+        let mut removed_by: Option<Instant> = None;
+        let mut members = Arc::new(Membership::default());
+        loop {
+            let turn = self.turn(next_tick)?;
+            if turn.ticked {
+                let interval = self.options.heartbeat_interval;
+                let now = Instant::now();
+                // After a stall the missed ticks are not made up for: they would only start elections.
+                next_tick = if now > next_tick + interval { now + interval } else { next_tick + interval };
+            }
+            // Also at each tick, for a sender that could not be started the last time.
+            if turn.ticked || !Arc::ptr_eq(&members, self.replica.core().membership()) {
+                members = self.replica.core().membership().clone();
+                self.network.follow(&members);
+            }
+            if let Some(end) = turn.end {
+                self.end(end == DriverEnd::Removed);
+                return Ok(end);
+            }
+            if self.replica.core().is_removed() {
+                // The others may not know yet that the change is committed, and need this node until they do.
+                let by = *removed_by.get_or_insert_with(|| Instant::now() + REMOVAL_CONFIRMATION_TIMEOUT);
+                if turn.stop || Instant::now() >= by {
+                    self.end(true);
+                    return Ok(DriverEnd::Removed);
+                }
+                continue;
+            }
+            if turn.stop && stop_by.is_none() {
+                stop_by = Some(Instant::now() + HAND_OVER_TIMEOUT);
+                if self.replica.core().is_leader() && self.replica.hand_over() {
+                    log::info!("stopping: handing leadership over");
+                }
+            }
+            let handed_over = !self.replica.core().is_leader() || !self.replica.core().is_transferring();
+            if stop_by.is_some_and(|by| Instant::now() >= by || (self.replica.is_idle() && handed_over)) {
+                self.end(false);
+                return Ok(DriverEnd::Stopped);
+            }
+        }
+    }
+
+    /// Answers all who wait, those too who have only just asked.
+    fn end(&mut self, removed: bool) {
+        let mut host = DriverHost { network: &mut self.network, offences: &mut self.offences, batch: Vec::new() };
+        self.replica.stop(removed, &mut host);
+        for event in self.events.try_iter().take(EVENTS_MAX) {
+            match event {
+                Event::Write { reply, .. } => {
+                    host.answer(reply, Answer::Write(WriteReply::NotApplied(Refusal::Stopping)));
+                }
+                Event::Read { reply, .. } => host.answer(reply, Answer::Read(Refusal::Stopping)),
+                Event::Admin { reply, .. } => {
+                    host.answer(reply, Answer::Admin(AdminReply::Refused(Refusal::Stopping)));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// One event or tick, and whatever else is waiting; then one round of processing.
+    fn turn(&mut self, next_tick: Instant) -> Result<Turn, CoreError> {
+        let mut turn = Turn::default();
+        self.replica.set_full(self.options.room.full(Instant::now()));
+        let wait_until = if self.more { Instant::now() } else { next_tick };
+        let mut host = DriverHost { network: &mut self.network, offences: &mut self.offences, batch: Vec::new() };
+        match self.events.recv_deadline(wait_until) {
+            Ok(event) => turn.take(event, &mut self.replica, &mut host, &self.options, self.started)?,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => turn.stop = true,
+        }
+        for event in self.events.try_iter().take(EVENTS_PER_TURN_MAX - 1) {
+            turn.take(event, &mut self.replica, &mut host, &self.options, self.started)?;
+        }
+        let now = Instant::now();
+        if now >= next_tick {
+            turn.ticked = true;
+            self.replica.tick(now - self.started, &mut host);
+            let network = &*host.network;
+            self.replica.record_directories(&|member| network.directory(member));
+            host.network.position(self.replica.core().term(), self.replica.core().last_index());
+        }
+        self.more = self.replica.process(&mut host)?;
+        let batch = host.batch;
+        if !batch.is_empty() {
+            // The applier is gone only when it has failed, and then the process ends with its reason.
+            let _ = self.applier.send(ToApplier::Batch(batch));
+        }
+        let asked_lately = self.snapshot_asked.is_some_and(|at| now < at + SNAPSHOT_ASK_INTERVAL);
+        if self.replica.take_snapshot_wanted()
+            && !asked_lately
+            && self.applier.try_send(ToApplier::SnapshotWanted).is_ok()
+        {
+            self.snapshot_asked = Some(now);
+        }
+        if let Some(index) = turn.snapshot_written {
+            // Only now: a message that announces an older one may just have been on its way to the network.
+            // Full, it is writing the next one, behind which this order will be given again.
+            drop(self.options.snapshotter.try_send(ToSnapshotter::RemoveOlder(index)));
+        }
+        self.progress.note();
+        Ok(turn)
+    }
+}
+
+/// What has come up in one turn.
+#[derive(Default)]
+struct Turn {
+    ticked: bool,
+    stop: bool,
+    /// Ends the driver at once.
+    end: Option<DriverEnd>,
+    /// The index of a snapshot of this node's own state that the log names now: older ones are not needed.
+    snapshot_written: Option<u64>,
+}
+
+impl Turn {
+    /// Lets the replica take one event in.
+    fn take<N: Network>(
+        &mut self,
+        event: Event,
+        replica: &mut Replica<ReplyTo>,
+        host: &mut DriverHost<'_, N>,
+        options: &DriverOptions,
+        started: Instant,
+    ) -> Result<(), CoreError> {
+        match event {
+            Event::Write { command, deadline, reply } => {
+                replica.write(command, deadline.saturating_duration_since(started), reply, host);
+            }
+            Event::Read { deadline, reply } => replica.read(deadline.saturating_duration_since(started), reply, host),
+            Event::Admin { request, deadline, reply } => {
+                replica.admin(request, deadline.saturating_duration_since(started), reply, host);
+            }
+            Event::Removed(member) => {
+                log::info!("member {member} says that this node was removed from the cluster");
+                self.end = Some(DriverEnd::Removed);
+            }
+            Event::Disowned(member, refusal) => {
+                self.end = Some(DriverEnd::Disowned(format!("member {member} refuses this node: {refusal}")));
+            }
+            Event::Status(reply) => {
+                let mut status = replica.status();
+                for member in &mut status.progress {
+                    member.transfer = host.network.transfer(member.id);
+                }
+                // Whoever asked may have given up waiting.
+                drop(reply.try_send(status));
+            }
+            Event::Hello(hello, reply) => {
+                let promises = replica.promises(hello.from);
+                let answer = host.network.hello(&hello, promises, replica.core().membership());
+                drop(reply.try_send(answer));
+            }
+            Event::Peer(from, messages) => {
+                for message in messages {
+                    replica.peer(from, message, host)?;
+                }
+            }
+            Event::Unreachable(id) => replica.unreachable(id),
+            Event::SnapshotSent(to, delivered) => replica.snapshot_sent(to, delivered),
+            Event::SnapshotReceived { from, message, membership } => {
+                replica.snapshot_received(from, *message, membership, host)?;
+            }
+            Event::SnapshotWritten { info, membership } => {
+                let compact_to = info.index.saturating_sub(options.snapshot_catchup_entries);
+                replica.snapshot_written(info.index, membership, compact_to)?;
+                if replica.core().snapshot_index() == info.index {
+                    self.snapshot_written = Some(info.index);
+                }
+            }
+            Event::Stop => self.stop = true,
+        }
+        Ok(())
+    }
+}
+
+/// The replica's surroundings during one turn.
+struct DriverHost<'a, N> {
+    network: &'a mut N,
+    offences: &'a mut Offences,
+    batch: Vec<Apply<ReplyTo>>,
+}
+
+impl<N: Network> Host<ReplyTo> for DriverHost<'_, N> {
+    fn send(&mut self, to: NodeId, message: PeerMessage) -> bool {
+        self.network.send(to, message)
+    }
+
+    fn send_snapshot(&mut self, to: NodeId, message: Message) -> bool {
+        self.network.send_snapshot(to, message)
+    }
+
+    fn apply(&mut self, apply: Apply<ReplyTo>) {
+        self.batch.push(apply);
+    }
+
+    fn answer(&mut self, waiter: ReplyTo, answer: Answer) {
+        let reply = match answer {
+            Answer::Write(reply) => Reply::Write(reply),
+            Answer::Read(refusal) => Reply::Read(Err(refusal)),
+            Answer::Admin(reply) => Reply::Admin(reply),
+        };
+        // Each waiter has room for its one answer; it may have given up.
+        drop(waiter.try_send(reply));
+    }
+
+    fn offended(&mut self, from: NodeId, offence: Offence) {
+        match offence {
+            // Ordinary until both sides have applied the same change of the membership.
+            Offence::Removed(_) | Offence::Stranger(_) => {
+                log::debug!("dropped a message of node {from}: {offence}");
+            }
+            _ => self.offences.note(from, &offence),
+        }
+    }
+}

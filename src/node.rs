@@ -1,0 +1,792 @@
+//! A whole node: which threads there are, what they own, and how they end.
+//!
+//! ```text
+//!        clients                                              other nodes
+//!           | HTTP, --port                                       | HTTP, peer URL
+//!   +-------v--------+                                  +--------v--------+
+//!   | http-N         | one thread per connection        | peer-N          | one thread per connection
+//!   +---+--------+---+                                  +--------+--------+
+//!       |        | events (8192)                                 | events: waits when full
+//!       |        v                                               v
+//!       |   +--------------------------------------------------------+
+//!       |   | driver: RaftCore with its log, requests, ticks         |<---- unreachable, snapshot sent
+//!       |   +----+-----------------------+---------------------------+              |
+//!       |        | apply (8 batches):    | outboxes: dropped when full    +---------+-----------+
+//!       |        v waits when full       +------------------------------->| peer-<id>-<lane>    |
+//!       |   +---------+   captures (1)  +-------------+                   +---------------------+
+//!       +-->| applier |---------------->| snapshotter |-----> events
+//!           +----+----+  skipped if full+-------------+
+//!                | publishes a Version; answers the connections that wait (1 each)
+//! ```
+//!
+//! **Who waits for whom**: connections wait for the driver and the applier; the snapshotter for the driver; the driver
+//! for the applier; the applier for nobody. There is no cycle, so no queue however full can stop all of them.
+//!
+//! **How it ends**: the first of these threads to end, for whatever reason, ends the node. Both ports are bound and all
+//! files opened before the first thread starts, so whatever is wrong by then is an ordinary error of [`run`].
+
+use std::fmt;
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use raft::eraftpb::{Message, MessageType};
+use slog::Drain;
+
+use crate::acquaintances::Acquaintances;
+use crate::api::{self, Api};
+use crate::applier::{Applier, Done};
+use crate::config::{Address, Config};
+use crate::data_dir::{self, Beginning, OpenOptions, SnapshotFiles};
+use crate::disk::{Disk, OsDisk};
+use crate::driver::{
+    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, Offences, Progress, Reply, ReplyTo, Room,
+    ToApplier, ToSnapshotter,
+};
+use crate::http;
+use crate::membership::{ClusterId, Membership, NodeId};
+use crate::message::{AdminReply, AdminRequest, Backend, Refusal, SnapshotInfo, Status, WriteReply};
+use crate::peer_network::PeerNetwork;
+use crate::peer_protocol::{
+    Hello, HelloAnswer, HelloRefusal, LogPosition, NodeIdentity, PeerMessage, SnapshotHeader, SnapshotRefusal,
+};
+use crate::peer_sender::{HelloError, say_hello};
+use crate::peer_server::{self, PeerInbox, PeerServer};
+use crate::raft_core::{CoreOptions, RaftCore};
+use crate::raft_log::LogOptions;
+use crate::replica::{Apply, Replica};
+use crate::store::{Capture, Version};
+use crate::watch::Watchers;
+
+/// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
+pub const CAPTURES_MAX: usize = 1;
+
+/// How long a connection waits past its deadline for an answer that the driver owes it: the driver looks at deadlines
+/// once a tick, and a slow disk may hold it up.
+pub const ANSWER_GRACE: Duration = Duration::from_secs(2);
+
+/// How long after a snapshot that could not be written the next attempt is made: the disk is mostly full then, and what
+/// is full stays so for a while.
+pub const SNAPSHOT_RETRY_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How often a thread that has nothing to do says that it is alive.
+const IDLE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why a node ended.
+#[derive(Debug)]
+pub struct NodeError(String);
+
+impl fmt::Display for NodeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for NodeError {}
+
+/// The applier's thread.
+pub struct ApplierThread {
+    applier: Applier,
+    batches: Receiver<ToApplier>,
+    snapshotter: Sender<ToSnapshotter>,
+    files: SnapshotFiles,
+    published: Arc<ArcSwap<Version>>,
+    watchers: Arc<Watchers>,
+    progress: Progress,
+    snapshot_count: u64,
+    /// The applied index of the newest snapshot, written or on its way.
+    captured: u64,
+    /// The applied index from which on a snapshot is due.
+    snapshot_at: u64,
+    /// Set by the snapshotter when it has failed.
+    snapshot_failed: Arc<AtomicBool>,
+    /// When a snapshot is due because the last one failed, whatever is applied until then.
+    retry_at: Option<Instant>,
+}
+
+impl ApplierThread {
+    fn run(mut self) -> Result<(), String> {
+        let mut done: Vec<(ReplyTo, Done)> = Vec::new();
+        loop {
+            match self.batches.recv_timeout(IDLE_INTERVAL) {
+                Ok(ToApplier::Batch(batch)) => {
+                    let files = &self.files;
+                    let mut load = |index| files.load(index).map(|(state, _)| state).map_err(|error| error.to_string());
+                    let mut restored = None;
+                    for apply in batch {
+                        if let Apply::Restore { index, .. } = &apply {
+                            restored = Some(*index);
+                        }
+                        self.applier.apply(apply, &mut load, &mut done).map_err(|error| error.to_string())?;
+                    }
+                    self.publish(&mut done);
+                    if let Some(index) = restored {
+                        self.restored(index);
+                    }
+                }
+                // Taken again before anything more is applied, it would be the same.
+                Ok(ToApplier::SnapshotWanted) if self.captured == self.applier.applied_index() => {}
+                Ok(ToApplier::SnapshotWanted) => self.capture(None),
+                Ok(ToApplier::Snapshot(reply)) => self.capture(Some(reply)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            if self.is_snapshot_due() {
+                self.capture(None);
+            }
+            self.progress.note();
+        }
+    }
+
+    /// Makes the new state visible, and only then tells those who wait for it.
+    fn publish(&mut self, done: &mut Vec<(ReplyTo, Done)>) {
+        let before = self.published.load().applied_index();
+        let version = Arc::new(self.applier.version());
+        self.published.store(version.clone());
+        if self.watchers.any() {
+            match version.changes(b"", before, usize::MAX) {
+                Ok(changes) => self.watchers.changed(changes.changes.iter().map(|change| &*change.key)),
+                // A snapshot took the place of more than the history holds.
+                Err(_) => self.watchers.all_changed(),
+            }
+        }
+        for (waiter, done) in done.drain(..) {
+            let reply = match done {
+                Done::Write(reply) => Reply::Write(reply),
+                Done::Read => Reply::Read(Ok(version.clone())),
+                Done::Admin(membership) => Reply::Admin(AdminReply::Done(membership)),
+            };
+            // Each waiter has room for its one answer; it may have given up.
+            drop(waiter.try_send(reply));
+        }
+    }
+
+    /// A snapshot from the leader is loaded: it is as good as one of this node's own, and the log names it.
+    fn restored(&mut self, index: u64) {
+        log::info!("restored the snapshot of index {index}");
+        self.captured = index;
+        self.snapshot_at = index.saturating_add(self.snapshot_count);
+        // Full, the order comes again behind the next snapshot.
+        drop(self.snapshotter.try_send(ToSnapshotter::RemoveOlder(index)));
+    }
+
+    fn is_snapshot_due(&mut self) -> bool {
+        if self.snapshot_failed.swap(false, Ordering::Relaxed) {
+            self.retry_at = Some(Instant::now() + SNAPSHOT_RETRY_INTERVAL);
+        }
+        match self.retry_at {
+            Some(at) => Instant::now() >= at,
+            None => self.applier.applied_index() >= self.snapshot_at,
+        }
+    }
+
+    /// Takes a snapshot of this moment, unless one is still being written.
+    fn capture(&mut self, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) {
+        let capture = Box::new(self.applier.capture());
+        match self.snapshotter.try_send(ToSnapshotter::Write(capture, reply)) {
+            Ok(()) => {
+                self.captured = self.applier.applied_index();
+                self.snapshot_at = self.captured.saturating_add(self.snapshot_count);
+                self.retry_at = None;
+            }
+            Err(TrySendError::Full(ToSnapshotter::Write(_, Some(reply)))) => {
+                drop(reply.try_send(Err(Refusal::Overloaded("another snapshot is being written"))));
+            }
+            // Tried again after the next batch; or the node ends.
+            Err(_) => {}
+        }
+    }
+}
+
+/// The snapshotter's thread: writes snapshots, so that neither the driver nor the applier waits for a large file.
+pub struct SnapshotterThread {
+    orders: Receiver<ToSnapshotter>,
+    files: SnapshotFiles,
+    events: Sender<Event>,
+    /// Tells the applier to come again.
+    failed: Arc<AtomicBool>,
+}
+
+impl SnapshotterThread {
+    fn run(self) -> Result<(), String> {
+        for order in &self.orders {
+            match order {
+                ToSnapshotter::Write(capture, reply) => self.write(&capture, reply),
+                ToSnapshotter::RemoveOlder(index) => {
+                    if let Err(error) = self.files.remove_older(index) {
+                        log::warn!("{error}; it will be tried again after the next snapshot");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A snapshot that can't be written costs disk space and a longer restart, not the node: the log still has it all.
+    fn write(&self, capture: &Capture, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) {
+        let started = Instant::now();
+        let result = match self.files.write(capture) {
+            Ok(info) => {
+                log::info!(
+                    "wrote the snapshot of index {}: {} bytes in {:?}",
+                    info.index,
+                    info.bytes,
+                    started.elapsed()
+                );
+                let event = Event::SnapshotWritten { info, membership: capture.membership().clone() };
+                // Waits for the driver, who waits for nobody here.
+                let _ = self.events.send(event);
+                Ok(info)
+            }
+            Err(error) => {
+                log::warn!("{error}; the node goes on and tries again in {SNAPSHOT_RETRY_INTERVAL:?}");
+                self.failed.store(true, Ordering::Relaxed);
+                Err(Refusal::Full(error.to_string()))
+            }
+        };
+        if let Some(reply) = reply {
+            drop(reply.try_send(result));
+        }
+    }
+}
+
+/// The node as its client connections see it.
+pub struct NodeBackend {
+    events: Sender<Event>,
+    applier: Sender<ToApplier>,
+    published: Arc<ArcSwap<Version>>,
+    watchers: Arc<Watchers>,
+    driver_progress: Progress,
+    applier_progress: Progress,
+    started: Instant,
+}
+
+/// One connection's place for its one answer.
+pub struct Session {
+    reply: ReplyTo,
+    replies: Receiver<Reply>,
+}
+
+impl Session {
+    fn new() -> Session {
+        let (reply, replies) = bounded(1);
+        Session { reply, replies }
+    }
+}
+
+impl NodeBackend {
+    /// Sends a request to the driver and waits for its answer. `None`: none came, and it will not be looked at later.
+    fn ask(&self, session: &mut Session, event: Event, deadline: Instant) -> Result<Option<Reply>, Refusal> {
+        self.events.try_send(event).map_err(refusal)?;
+        match session.replies.recv_deadline(deadline + ANSWER_GRACE) {
+            Ok(reply) => Ok(Some(reply)),
+            Err(_) => {
+                // A late answer must not be taken for that of the connection's next request.
+                *session = Session::new();
+                Ok(None)
+            }
+        }
+    }
+}
+
+fn refusal<T>(error: TrySendError<T>) -> Refusal {
+    match error {
+        TrySendError::Full(_) => Refusal::Overloaded("the node's queue is full"),
+        TrySendError::Disconnected(_) => Refusal::Stopping,
+    }
+}
+
+impl Backend for NodeBackend {
+    type Session = Session;
+
+    fn session(&self) -> Session {
+        Session::new()
+    }
+
+    fn write(&self, session: &mut Session, command: Bytes, deadline: Instant) -> WriteReply {
+        let event = Event::Write { command, deadline, reply: session.reply.clone() };
+        match self.ask(session, event, deadline) {
+            Ok(Some(Reply::Write(reply))) => reply,
+            Ok(Some(_)) => unreachable!("a write is answered as a write"),
+            Ok(None) => WriteReply::Unknown("the node did not answer in time"),
+            Err(refusal) => WriteReply::NotApplied(refusal),
+        }
+    }
+
+    fn read(&self, session: &mut Session, deadline: Instant) -> Result<Arc<Version>, Refusal> {
+        let event = Event::Read { deadline, reply: session.reply.clone() };
+        match self.ask(session, event, deadline)? {
+            Some(Reply::Read(result)) => result,
+            Some(_) => unreachable!("a read is answered as a read"),
+            None => Err(Refusal::NoLeader),
+        }
+    }
+
+    fn stale(&self) -> Arc<Version> {
+        self.published.load_full()
+    }
+
+    fn status(&self, deadline: Instant) -> Result<Status, Refusal> {
+        let (reply, replies) = bounded(1);
+        self.events.try_send(Event::Status(reply)).map_err(refusal)?;
+        replies.recv_deadline(deadline).map_err(|_| Refusal::Overloaded("the driver does not answer"))
+    }
+
+    fn live(&self) -> Result<(), &'static str> {
+        match (self.driver_progress.stalled(), self.applier_progress.stalled()) {
+            (true, _) => Err("driver"),
+            (_, true) => Err("applier"),
+            _ => Ok(()),
+        }
+    }
+
+    fn admin(&self, request: AdminRequest, deadline: Instant) -> AdminReply {
+        let mut session = Session::new();
+        let event = Event::Admin { request, deadline, reply: session.reply.clone() };
+        match self.ask(&mut session, event, deadline) {
+            Ok(Some(Reply::Admin(reply))) => reply,
+            Ok(Some(_)) => unreachable!("a change of the cluster is answered as one"),
+            Ok(None) => AdminReply::Unknown("the node did not answer in time"),
+            Err(refusal) => AdminReply::Refused(refusal),
+        }
+    }
+
+    fn snapshot(&self, deadline: Instant) -> Result<SnapshotInfo, Refusal> {
+        let (reply, replies) = bounded(1);
+        self.applier.try_send(ToApplier::Snapshot(reply)).map_err(refusal)?;
+        replies.recv_deadline(deadline).map_err(|_| Refusal::Overloaded("the snapshot is not on disk yet"))?
+    }
+
+    fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn watchers(&self) -> &Watchers {
+        &self.watchers
+    }
+}
+
+/// How long a joiner looks for a member that answers.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long it waits before it asks all of them again.
+const JOIN_PAUSE: Duration = Duration::from_millis(500);
+
+/// How long shutdown waits for a server's connections, beyond the requests in flight.
+const SERVER_STOP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long the driver may take over a peer's introduction; it syncs what it learns.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The peer server's way to the driver.
+struct Inbox {
+    events: Sender<Event>,
+    files: SnapshotFiles,
+    me: NodeId,
+    /// One snapshot at a time is received: a second one would only compete for the disk.
+    receiving: AtomicBool,
+}
+
+impl PeerInbox for Inbox {
+    fn hello(&self, hello: &Hello) -> Result<HelloAnswer, HelloRefusal> {
+        let (reply, replies) = bounded(1);
+        let not_ready = |_| HelloRefusal::NotReady("the driver does not answer".to_owned());
+        self.events.send_timeout(Event::Hello(Box::new(hello.clone()), reply), HELLO_TIMEOUT).map_err(not_ready)?;
+        match replies.recv_timeout(HELLO_TIMEOUT) {
+            Ok(answer) => answer,
+            Err(_) => Err(HelloRefusal::NotReady("the driver does not answer".to_owned())),
+        }
+    }
+
+    fn deliver(&self, from: NodeId, messages: Vec<PeerMessage>) -> Result<(), peer_server::Stopped> {
+        // Waits when the queue is full: TCP then slows the peer down.
+        self.events.send(Event::Peer(from, messages)).map_err(|_| peer_server::Stopped)
+    }
+
+    fn offer_snapshot(&self, _from: NodeId, header: &SnapshotHeader) -> Result<(), SnapshotRefusal> {
+        if self.receiving.load(Ordering::Acquire) {
+            return Err(SnapshotRefusal::Unwanted("another snapshot is being received".to_owned()));
+        }
+        let what = format!("the snapshot of index {}", header.index);
+        self.files.check_room(&what, header.bytes).map_err(|error| SnapshotRefusal::NoSpace(error.to_string()))
+    }
+
+    fn receive_snapshot(
+        &self,
+        from: NodeId,
+        header: &SnapshotHeader,
+        body: &mut dyn Read,
+    ) -> Result<(), SnapshotRefusal> {
+        if self.receiving.swap(true, Ordering::Acquire) {
+            return Err(SnapshotRefusal::Unwanted("another snapshot is being received".to_owned()));
+        }
+        let result = self.receive(from, header, body);
+        self.receiving.store(false, Ordering::Release);
+        result
+    }
+}
+
+impl Inbox {
+    fn receive(&self, from: NodeId, header: &SnapshotHeader, body: &mut dyn Read) -> Result<(), SnapshotRefusal> {
+        log::info!("receiving the snapshot of index {} ({} bytes) from member {from}", header.index, header.bytes);
+        let received = self.files.receive(header.index, &mut body.take(header.bytes));
+        let (membership, info) = received.map_err(|error| {
+            log::warn!("refused the snapshot of index {} from member {from}: {error}", header.index);
+            match error.is_full() {
+                true => SnapshotRefusal::NoSpace(error.to_string()),
+                false => SnapshotRefusal::Damaged(error.to_string()),
+            }
+        })?;
+        log::info!("received the snapshot of index {}: {} bytes", info.index, info.bytes);
+        let mut message = Message { msg_type: MessageType::MsgSnapshot, from, to: self.me, ..Message::default() };
+        message.term = header.leader_term;
+        let metadata = message.mut_snapshot().mut_metadata();
+        metadata.index = header.index;
+        metadata.term = header.term;
+        metadata.set_conf_state(membership.conf_state.clone());
+        let event = Event::SnapshotReceived { from, message: Box::new(message), membership };
+        self.events.send(event).map_err(|_| SnapshotRefusal::Stopping)
+    }
+}
+
+/// What ended, and how.
+struct ThreadExit {
+    name: &'static str,
+    result: Result<End, String>,
+}
+
+/// A thread's orderly end.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// It was told to, or what it served has ended.
+    Done,
+    /// A signal asks the process to end.
+    Signal,
+    /// This node was removed from the cluster.
+    Removed,
+}
+
+fn spawn(
+    name: &'static str,
+    exits: &Sender<ThreadExit>,
+    body: impl FnOnce() -> Result<End, String> + Send + 'static,
+) -> Result<(), NodeError> {
+    let exits = exits.clone();
+    let thread = move || {
+        let result = body();
+        // Room for every thread's one exit.
+        let _ = exits.send(ThreadExit { name, result });
+    };
+    let spawned = thread::Builder::new().name(name.to_owned()).spawn(thread);
+    spawned.map(drop).map_err(|error| NodeError(format!("failed to start the thread '{name}': {error}")))
+}
+
+/// Runs a node until a signal or a failure ends it.
+///
+/// # Errors
+/// Whatever keeps the node from starting, or from keeping its promises; the text says what was attempted on what, and
+/// the way out.
+pub fn run(config: Config) -> Result<(), NodeError> {
+    match Node::start(config)? {
+        Some(node) => node.wait(),
+        None => Ok(()),
+    }
+}
+
+/// A running node.
+struct Node {
+    exits: Receiver<ThreadExit>,
+    events: Sender<Event>,
+    client_server: http::Handle,
+    peer_server: http::Handle,
+    watchers: Arc<Watchers>,
+    request_timeout: Duration,
+}
+
+/// The threads that [`Node::start`] spawns, so that all their exits find room.
+const THREADS: usize = 4;
+
+impl Node {
+    /// `None`: a signal came while it still looked for the cluster to join.
+    fn start(config: Config) -> Result<Option<Node>, NodeError> {
+        let started = Instant::now();
+        // First of all, so that a signal during a long start is not lost.
+        let (exits_tx, exits) = bounded(THREADS + 1);
+        spawn_signals(&exits_tx)?;
+        let disk = OsDisk::open(&config.data_dir).map_err(|error| NodeError(error.to_string()))?;
+        let disk: Arc<dyn Disk> = Arc::new(disk);
+        let client_port = bind("--port", &config.listen)?;
+        let peer_port = bind("--peer-listen", &config.peer_listen)?;
+        let contacts = match config.join {
+            true => match find_cluster(&config, &disk, &exits)? {
+                Some(contacts) => Some(contacts),
+                None => return Ok(None),
+            },
+            false => None,
+        };
+        let opened = open_data_dir(&config, &disk, contacts.as_ref().map(|(cluster, _)| *cluster))?;
+        let data_dir::Opened { identity, boot, log, state, membership, snapshot_index } = opened;
+        log::info!(
+            "node {} of cluster {} starts for the {}th time with the snapshot of index {snapshot_index} and the log up to {}",
+            config.id,
+            identity.cluster,
+            boot >> 32,
+            log.last_index()
+        );
+        let me = NodeIdentity {
+            cluster: Some(identity.cluster),
+            id: config.id,
+            directory: identity.directory,
+            boot,
+            url: config.url.to_string(),
+        };
+        let core = RaftCore::open(
+            log,
+            CoreOptions {
+                id: config.id,
+                election_ticks: config.election_ticks,
+                election_seed: random_u64()?,
+                membership: membership.clone(),
+                snapshot_index,
+                logger: slog::Logger::root(slog_stdlog::StdLog.fuse(), slog::o!()),
+            },
+        )
+        .map_err(|error| NodeError(error.to_string()))?;
+
+        let position = Arc::new(LogPosition::default());
+        position.set(core.term(), core.last_index());
+        let acquaintances = Acquaintances::open(disk.clone()).map_err(|error| NodeError(error.to_string()))?;
+        let (events_tx, events) = bounded(EVENTS_MAX);
+        let (applier_tx, batches) = bounded(APPLY_BATCHES_MAX);
+        let (snapshotter_tx, orders) = bounded(CAPTURES_MAX);
+        let files = SnapshotFiles::new(disk.clone(), identity.cluster);
+        let applier = Applier::new(state, membership);
+        let published = Arc::new(ArcSwap::from_pointee(applier.version()));
+        let watchers = Arc::new(Watchers::default());
+        let (driver_progress, applier_progress) = (Progress::new(started), Progress::new(started));
+
+        let snapshot_failed = Arc::new(AtomicBool::new(false));
+        let room = Room::new(disk.clone(), published.clone(), config.max_store_bytes);
+        let backend = NodeBackend {
+            events: events_tx.clone(),
+            applier: applier_tx.clone(),
+            published: published.clone(),
+            watchers: watchers.clone(),
+            driver_progress: driver_progress.clone(),
+            applier_progress: applier_progress.clone(),
+            started,
+        };
+        let applier = ApplierThread {
+            applier,
+            batches,
+            snapshotter: snapshotter_tx.clone(),
+            files: files.clone(),
+            published,
+            watchers: watchers.clone(),
+            progress: applier_progress,
+            snapshot_count: config.snapshot_count,
+            captured: snapshot_index,
+            snapshot_at: snapshot_index.saturating_add(config.snapshot_count),
+            snapshot_failed: snapshot_failed.clone(),
+            retry_at: None,
+        };
+        let snapshotter =
+            SnapshotterThread { orders, files: files.clone(), events: events_tx.clone(), failed: snapshot_failed };
+        let driver = Driver {
+            replica: Replica::new(core, boot, config.election_ticks),
+            events,
+            applier: applier_tx,
+            network: PeerNetwork::new(
+                me.clone(),
+                position,
+                files.clone(),
+                acquaintances,
+                contacts.map(|(_, members)| members).unwrap_or_default(),
+                events_tx.clone(),
+            ),
+            options: DriverOptions {
+                heartbeat_interval: config.heartbeat_interval,
+                snapshot_catchup_entries: config.snapshot_catchup_entries,
+                snapshotter: snapshotter_tx,
+                room,
+            },
+            progress: driver_progress,
+            started,
+            more: false,
+            snapshot_asked: None,
+            offences: Offences::default(),
+        };
+        spawn("applier", &exits_tx, move || applier.run().map(|()| End::Done))?;
+        spawn("snapshotter", &exits_tx, move || snapshotter.run().map(|()| End::Done))?;
+        spawn("driver", &exits_tx, move || match driver.run() {
+            Ok(DriverEnd::Stopped) => Ok(End::Done),
+            Ok(DriverEnd::Removed) => Ok(End::Removed),
+            Ok(DriverEnd::Disowned(reason)) => Err(reason),
+            Err(error) => Err(error.to_string()),
+        })?;
+        let inbox = Inbox { events: events_tx.clone(), files, me: config.id, receiving: AtomicBool::new(false) };
+        let peer_server = peer_port
+            .serve(Arc::new(PeerServer::new(config.id, inbox)), peer_server::limits(), "peer")
+            .map_err(|error| NodeError(format!("failed to serve the peer port: {error}")))?;
+        let limits = api::Limits {
+            key_bytes_max: config.max_key_bytes,
+            value_bytes_max: config.max_value_bytes,
+            request_timeout: config.request_timeout,
+        };
+        let defaults = http::Limits::default();
+        let request_line_bytes = defaults.request_line_bytes.max(limits.request_line_bytes());
+        let client_limits = http::Limits { request_line_bytes, ..defaults };
+        let client_server = client_port
+            .serve(Arc::new(Api::new(backend, limits)), client_limits, "http")
+            .map_err(|error| NodeError(format!("failed to serve the key-value port: {error}")))?;
+        log::info!("serving clients at {}, peers at {}", client_server.local_addr(), peer_server.local_addr());
+        let request_timeout = config.request_timeout;
+        Ok(Some(Node { exits, events: events_tx, client_server, peer_server, watchers, request_timeout }))
+    }
+
+    /// Waits for the first thread to end, and ends the others.
+    fn wait(self) -> Result<(), NodeError> {
+        let exit = self.exits.recv().map_err(|_| NodeError("every thread has ended".to_owned()))?;
+        match exit.result {
+            Ok(End::Signal) => self.stop(),
+            Ok(End::Removed) => {
+                self.watchers.stop();
+                // All answers are given; what is left is to send them.
+                let _ = self.client_server.stop(SERVER_STOP_TIMEOUT);
+                log::info!("this node was removed from the cluster: it ends, and its data directory can be deleted");
+                Ok(())
+            }
+            Ok(End::Done) => Err(NodeError(format!("the thread '{}' has ended", exit.name))),
+            Err(reason) => Err(NodeError(reason)),
+        }
+    }
+
+    /// Clients first: no new ones, answers for those who wait; then leadership; then the end.
+    fn stop(self) -> Result<(), NodeError> {
+        log::info!("stopping: no new connections, answering what is in flight");
+        let by = Instant::now() + self.request_timeout;
+        self.watchers.stop();
+        let driver_stops = self.events.send_timeout(Event::Stop, self.request_timeout);
+        let stopped = self.client_server.stop(self.request_timeout.saturating_sub(SERVER_STOP_TIMEOUT));
+        if stopped.cut_off > 0 {
+            log::warn!("cut off {} connections that did not end in time", stopped.cut_off);
+        }
+        if driver_stops.is_ok() {
+            loop {
+                match self.exits.recv_deadline(by) {
+                    Ok(ThreadExit { name: "driver", result }) => {
+                        result.map_err(NodeError)?;
+                        break;
+                    }
+                    Ok(ThreadExit { result, .. }) => {
+                        result.map_err(NodeError)?;
+                    }
+                    Err(_) => {
+                        log::warn!("the driver did not end in time; what it has acknowledged is on disk");
+                        break;
+                    }
+                }
+            }
+        }
+        let _ = self.peer_server.stop(Duration::ZERO);
+        log::info!("stopped");
+        Ok(())
+    }
+}
+
+fn bind(flag: &str, address: &Address) -> Result<http::Listener, NodeError> {
+    http::Listener::bind(address.to_string()).map_err(|error| {
+        NodeError(format!("failed to listen at {address}: {error}; free the port or give another {flag}"))
+    })
+}
+
+fn random_u64() -> Result<u64, NodeError> {
+    getrandom::u64().map_err(|error| NodeError(format!("failed to draw a random number from the system: {error}")))
+}
+
+/// Asks the members that a joiner was told of until one names its cluster, and the others of it. `None`: a signal came.
+fn find_cluster(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    exits: &Receiver<ThreadExit>,
+) -> Result<Option<(ClusterId, Membership)>, NodeError> {
+    let is_new = data_dir::is_new(disk, config.id).map_err(|error| NodeError(error.to_string()))?;
+    let me = NodeIdentity { cluster: None, id: config.id, directory: 0, boot: 0, url: config.url.to_string() };
+    let hello = Hello::new(&me, 0, &LogPosition::default());
+    let by = Instant::now() + JOIN_TIMEOUT;
+    loop {
+        let mut reason = "there is no other member in --cluster".to_owned();
+        for (_, url) in config.members.iter().filter(|(id, _)| **id != config.id) {
+            match say_hello(&url.to_string(), &hello) {
+                Ok(HelloAnswer { cluster: Some(cluster), members: Some(members), .. }) => {
+                    match Membership::decode(&members) {
+                        Ok(members) => return Ok(Some((cluster, members))),
+                        Err(error) => reason = format!("{url} answered with a {error}"),
+                    }
+                }
+                Ok(_) => reason = format!("{url} has not joined a cluster itself"),
+                // With its old data directory it is told in a moment, and ends; with a new one it is no member's heir.
+                Err(HelloError::Refused(HelloRefusal::Removed)) if is_new => {
+                    return Err(NodeError(format!(
+                        "failed to join the cluster at {url}: id {} was removed from it, and an id is never used \
+                         again; take a new one",
+                        config.id
+                    )));
+                }
+                Err(error) => reason = format!("{url}: {error}"),
+            }
+        }
+        if !is_new {
+            // It knows its cluster, and usually the members too.
+            return Ok(Some((ClusterId([0; 16]), Membership::default())));
+        }
+        if Instant::now() >= by {
+            return Err(NodeError(format!(
+                "failed to find a cluster to join: {reason}; give --cluster the peer URL of a member that runs"
+            )));
+        }
+        match exits.recv_timeout(JOIN_PAUSE) {
+            Ok(ThreadExit { result: Err(reason), .. }) => return Err(NodeError(reason)),
+            Ok(_) => {
+                log::info!("stopped before a member of the cluster had answered");
+                return Ok(None);
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+fn open_data_dir(
+    config: &Config,
+    disk: &Arc<dyn Disk>,
+    joined: Option<ClusterId>,
+) -> Result<data_dir::Opened, NodeError> {
+    let members = config.members.iter().map(|(id, url)| (*id, url.to_string()));
+    let options = OpenOptions {
+        id: config.id,
+        cluster: joined.unwrap_or_else(|| config.cluster_id()),
+        beginning: if config.join { Beginning::Join } else { Beginning::Found(Membership::founding(members)) },
+        directory: (u128::from(random_u64()?) << 64) | u128::from(random_u64()?),
+        boot_random: random_u64()? as u32,
+        log: LogOptions::default(),
+    };
+    let what = config.data_dir.display();
+    data_dir::open(disk, &options).map_err(|error| {
+        let way_out = if error.is_full() { "; free some space and start the node again" } else { "" };
+        NodeError(format!("failed to open the data directory {what}: {error}{way_out}"))
+    })
+}
+
+fn spawn_signals(exits: &Sender<ThreadExit>) -> Result<(), NodeError> {
+    let signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT]);
+    let mut signals = signals.map_err(|error| NodeError(format!("failed to watch for signals: {error}")))?;
+    spawn("signals", exits, move || {
+        let _ = signals.forever().next();
+        Ok(End::Signal)
+    })
+}

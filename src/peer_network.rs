@@ -1,0 +1,228 @@
+//! The driver's way to its peers: one [`PeerSender`] for each member, and one thread for each snapshot on its way.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use raft::eraftpb::Message;
+
+use crate::acquaintances::{Acquaintances, Promises};
+use crate::data_dir::SnapshotFiles;
+use crate::disk::DiskFile;
+use crate::driver::{Event, Network};
+use crate::membership::{Membership, NodeId};
+use crate::message::Transfer;
+use crate::peer_protocol::{Hello, HelloAnswer, HelloRefusal, LogPosition, NodeIdentity, PeerMessage, SnapshotHeader};
+use crate::peer_sender::{PeerReport, PeerSender, SenderConfig, SnapshotSendError, send_snapshot};
+
+/// How often the progress of a snapshot transfer is logged.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
+
+/// All peers of one node.
+pub struct PeerNetwork {
+    me: NodeIdentity,
+    position: Arc<LogPosition>,
+    files: SnapshotFiles,
+    events: Sender<Event>,
+    senders: BTreeMap<NodeId, (String, PeerSender)>,
+    acquaintances: Acquaintances,
+    /// Whom to talk to as long as this node has no membership of its own: a joiner's first contacts.
+    contacts: Membership,
+    /// Followers to whom a snapshot is on its way. Shared with the transfers' threads, which end their own entry: the
+    /// driver hears of the end by a message, but a new transfer may be due before that message is taken.
+    transfers: Transfers,
+}
+
+/// The snapshots on their way, by receiver.
+#[derive(Clone, Default)]
+struct Transfers(Arc<Mutex<BTreeMap<NodeId, Arc<Progress>>>>);
+
+struct Progress {
+    index: u64,
+    bytes: u64,
+    sent: AtomicU64,
+}
+
+impl Transfers {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, Arc<Progress>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PeerNetwork {
+    /// The network of node `me`; what happens on it is told through `events`.
+    pub fn new(
+        me: NodeIdentity,
+        position: Arc<LogPosition>,
+        files: SnapshotFiles,
+        acquaintances: Acquaintances,
+        contacts: Membership,
+        events: Sender<Event>,
+    ) -> PeerNetwork {
+        let (senders, transfers) = (BTreeMap::new(), Transfers::default());
+        PeerNetwork { me, position, files, events, senders, acquaintances, contacts, transfers }
+    }
+
+    fn spawn_sender(&self, peer: NodeId, url: &str) -> io::Result<PeerSender> {
+        let config = SenderConfig { me: self.me.clone(), peer, url: url.to_owned(), position: self.position.clone() };
+        let events = self.events.clone();
+        PeerSender::spawn(config, move |report| {
+            let event = match report {
+                // What was queued while there was no connection may be lost.
+                PeerReport::Connected { peer, .. } | PeerReport::Unreachable { peer, .. } => Event::Unreachable(peer),
+                PeerReport::Refused { peer, refusal: HelloRefusal::Removed, .. } => Event::Removed(peer),
+                PeerReport::Refused { peer, refusal, .. } => match refusal {
+                    HelloRefusal::OtherDirectory | HelloRefusal::OlderCopy => Event::Disowned(peer, refusal),
+                    _ => Event::Unreachable(peer),
+                },
+            };
+            // Only hints, and repeated: a full queue means that the driver has more important news to digest.
+            drop(events.try_send(event));
+        })
+    }
+
+    /// Opens the way to a peer that has introduced itself and is no member as far as is known here. What is known
+    /// here may be old: a leader that was added since waits for this node's answers, and so does the candidate whom
+    /// only this node's vote can elect. The next change of the membership decides whether it stays.
+    fn answer_stranger(&mut self, hello: &Hello, membership: &Membership) {
+        if membership.members.contains_key(&hello.from) || self.senders.contains_key(&hello.from) {
+            return;
+        }
+        match self.spawn_sender(hello.from, &hello.url) {
+            Ok(sender) => drop(self.senders.insert(hello.from, (hello.url.clone(), sender))),
+            Err(error) => log::error!("failed to start the sender for node {}: {error}", hello.from),
+        }
+    }
+
+    /// Starts a transfer. The file is opened here and now: it stays readable when it is removed for a newer one.
+    fn start_transfer(&self, to: NodeId, url: String, message: &Message) -> Result<(), String> {
+        let metadata = message.get_snapshot().get_metadata();
+        let (file, bytes) = self.files.open(metadata.index).map_err(|error| error.to_string())?;
+        let header = SnapshotHeader { index: metadata.index, term: metadata.term, leader_term: message.term, bytes };
+        let progress = Arc::new(Progress { index: metadata.index, bytes, sent: AtomicU64::new(0) });
+        let hello = Hello::new(&self.me, to, &self.position);
+        let (events, transfers) = (self.events.clone(), self.transfers.clone());
+        transfers.lock().insert(to, progress.clone());
+        let body = move || {
+            log::info!("sending the snapshot of index {} ({bytes} bytes) to member {to}", header.index);
+            let started = Instant::now();
+            let result = send_file(to, &url, &hello, &header, file, &progress);
+            match &result {
+                Ok(()) => log::info!("sent a snapshot of {bytes} bytes to member {to} in {:?}", started.elapsed()),
+                Err(error) => log::warn!("failed to send a snapshot to member {to}: {error}; raft asks for it again"),
+            }
+            transfers.lock().remove(&to);
+            // Without this raft would never send to the follower again. The driver waits for no transfer.
+            let _ = events.send(Event::SnapshotSent(to, result.is_ok()));
+        };
+        let spawned = thread::Builder::new().name(format!("snapshot-{to}")).spawn(body);
+        spawned.map(drop).map_err(|error| {
+            self.transfers.lock().remove(&to);
+            error.to_string()
+        })
+    }
+}
+
+fn send_file(
+    to: NodeId,
+    url: &str,
+    hello: &Hello,
+    header: &SnapshotHeader,
+    file: Box<dyn DiskFile>,
+    progress: &Progress,
+) -> Result<(), SnapshotSendError> {
+    let logged = Cell::new(Instant::now());
+    let note = |sent: u64| {
+        progress.sent.store(sent, Ordering::Relaxed);
+        if logged.get().elapsed() >= PROGRESS_INTERVAL {
+            logged.set(Instant::now());
+            log::info!("snapshot for member {to}: {sent} of {} bytes", header.bytes);
+        }
+    };
+    send_snapshot(url, hello, header, FileReader { file, offset: 0 }, &note)
+}
+
+struct FileReader {
+    file: Box<dyn DiskFile>,
+    offset: u64,
+}
+
+impl Read for FileReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let got = self.file.read_at(buffer, self.offset)?;
+        self.offset += got as u64;
+        Ok(got)
+    }
+}
+
+impl Network for PeerNetwork {
+    fn send(&mut self, to: NodeId, message: PeerMessage) -> bool {
+        self.senders.get(&to).is_some_and(|(_, sender)| sender.send(message).is_ok())
+    }
+
+    fn send_snapshot(&mut self, to: NodeId, message: Message) -> bool {
+        let Some((url, _)) = self.senders.get(&to) else { return false };
+        if self.transfers.lock().contains_key(&to) {
+            return false;
+        }
+        let started = self.start_transfer(to, url.clone(), &message);
+        if let Err(error) = &started {
+            log::warn!("failed to send a snapshot to member {to}: {error}; raft asks for it again");
+        }
+        started.is_ok()
+    }
+
+    fn transfer(&self, to: NodeId) -> Option<Transfer> {
+        let transfers = self.transfers.lock();
+        let Progress { index, bytes, sent } = &**transfers.get(&to)?;
+        Some(Transfer { index: *index, bytes: *bytes, sent: sent.load(Ordering::Relaxed) })
+    }
+
+    fn follow(&mut self, membership: &Membership) {
+        let membership = if membership.members.is_empty() { &self.contacts } else { membership };
+        let keep = |id: &NodeId, url: &String| membership.members.get(id).is_some_and(|member| member.url == *url);
+        self.senders.retain(|id, (url, _)| keep(id, url));
+        for (id, member) in membership.members.iter().filter(|(id, _)| **id != self.me.id) {
+            if self.senders.contains_key(id) {
+                continue;
+            }
+            match self.spawn_sender(*id, &member.url) {
+                Ok(sender) => drop(self.senders.insert(*id, (member.url.clone(), sender))),
+                // Tried again when the membership changes; until then the member is unreachable.
+                Err(error) => log::error!("failed to start the sender for member {id}: {error}"),
+            }
+        }
+    }
+
+    fn hello(
+        &mut self,
+        hello: &Hello,
+        promises: Promises,
+        membership: &Membership,
+    ) -> Result<HelloAnswer, HelloRefusal> {
+        let protocol = hello.check(&self.me)?;
+        if membership.removed.contains(&hello.from) {
+            return Err(HelloRefusal::Removed);
+        }
+        // Who only asks for the cluster's id sends nothing that has to be trusted.
+        if hello.cluster.is_some() {
+            self.acquaintances.meet(hello, promises, membership)?;
+            self.answer_stranger(hello, membership);
+        }
+        let NodeIdentity { cluster, id, directory, boot, .. } = self.me.clone();
+        Ok(HelloAnswer { protocol, cluster, id, directory, boot, members: Some(membership.encode()) })
+    }
+
+    fn directory(&self, member: NodeId) -> Option<u128> {
+        if member == self.me.id { Some(self.me.directory) } else { self.acquaintances.directory(member) }
+    }
+
+    fn position(&mut self, term: u64, last_index: u64) {
+        self.position.set(term, last_index);
+    }
+}
