@@ -1,0 +1,1096 @@
+//! A cluster, its clients, and what befalls them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use raft::eraftpb::{Message, MessageType};
+use raftexample::applier::Done;
+use raftexample::driver::REMOVAL_CONFIRMATION_TIMEOUT;
+use raftexample::membership::{Membership, NodeId};
+use raftexample::memory_disk::{Failure, Operation};
+use raftexample::message::AdminRequest;
+use raftexample::message_check::Offence;
+use raftexample::peer_protocol::{Hello, HelloRefusal, PeerMessage};
+use raftexample::raft_core::CoreError;
+use raftexample::replica::{Answer, Replica};
+
+use crate::clients::{Client, Request};
+use crate::events::Events;
+use crate::invariants::{Checked, Invariants};
+use crate::network::{Network, Weather};
+use crate::node::{self, Effect, Machine, Process, Settings, SimulatedHost, Waiter};
+use crate::random::Random;
+use crate::register::History;
+use crate::seeds::surviving;
+use crate::trace::Trace;
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// How long a node lets a request wait.
+const REQUEST_TIMEOUT: Duration = ms(3000);
+
+/// How long a client waits for an answer.
+const CLIENT_TIMEOUT: Duration = ms(4000);
+
+/// One in so many answers does not reach its client.
+const ANSWERS_LOST: u64 = 200;
+
+/// What is going to happen.
+pub enum Event {
+    Tick(NodeId, u64),
+    Turn(NodeId, u64),
+    Apply(NodeId, u64),
+    Introduce {
+        hello: Hello,
+        run: u64,
+    },
+    Retire(NodeId, u64),
+    Arrive {
+        hello: Hello,
+        run: u64,
+        to: NodeId,
+        message: PeerMessage,
+    },
+    Refused {
+        node: NodeId,
+        run: u64,
+        peer: NodeId,
+        refusal: HelloRefusal,
+    },
+    Unreachable {
+        node: NodeId,
+        run: u64,
+        peer: NodeId,
+    },
+    SnapshotArrives {
+        from: NodeId,
+        run: u64,
+        to: NodeId,
+        message: Message,
+        file: Vec<u8>,
+    },
+    SnapshotReceived {
+        node: NodeId,
+        run: u64,
+        from: NodeId,
+        message: Message,
+        membership: Arc<Membership>,
+    },
+    SnapshotSent {
+        node: NodeId,
+        run: u64,
+        to: NodeId,
+        delivered: bool,
+    },
+    SnapshotWritten(NodeId, u64),
+    Act(usize),
+    Request {
+        waiter: Waiter,
+        node: NodeId,
+        request: Request,
+    },
+    GiveUp(Waiter),
+    Start(NodeId),
+    PowerLoss(NodeId, u64),
+    Fault,
+    /// Somebody wants to change the cluster.
+    Change,
+}
+
+impl Event {
+    /// The node it happens to, and in which of its runs; 0 for any.
+    fn place(&self) -> Option<(NodeId, u64)> {
+        match *self {
+            Event::Tick(node, run)
+            | Event::Turn(node, run)
+            | Event::Apply(node, run)
+            | Event::Retire(node, run)
+            | Event::SnapshotWritten(node, run)
+            | Event::Unreachable { node, run, .. }
+            | Event::Refused { node, run, .. }
+            | Event::SnapshotReceived { node, run, .. }
+            | Event::SnapshotSent { node, run, .. } => Some((node, run)),
+            Event::Arrive { to, .. } | Event::SnapshotArrives { to, .. } => Some((to, 0)),
+            Event::Request { node, .. } => Some((node, 0)),
+            Event::Introduce { ref hello, .. } => Some((hello.to, 0)),
+            Event::Act(_)
+            | Event::GiveUp(_)
+            | Event::Start(_)
+            | Event::PowerLoss(..)
+            | Event::Fault
+            | Event::Change => None,
+        }
+    }
+}
+
+/// How a node is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Death {
+    /// The process ends, and the system keeps what it wrote.
+    Kill,
+    /// The machine ends, and what was not synced is in doubt.
+    PowerLoss,
+}
+
+/// What kind of run it is.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// Founding members.
+    pub nodes: u64,
+    /// Clients.
+    pub clients: usize,
+    /// How long things go wrong.
+    pub chaos: Duration,
+    /// Whether a minority stays as broken as it is when the rest is healed.
+    pub leaves_minority_broken: bool,
+    /// Machines that can join, numbered behind the founders.
+    pub spares: u64,
+}
+
+/// What a run came to, so that tests can tell that they have tested something.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    pub calls: usize,
+    pub answered: usize,
+    pub terms: usize,
+    pub committed: u64,
+    pub deaths: u64,
+    pub disk_errors: u64,
+    pub snapshots_written: u64,
+    pub snapshots_installed: u64,
+    pub changes: u64,
+    pub changes_done: u64,
+    pub retired: u64,
+}
+
+impl Tally {
+    /// Adds what another run came to.
+    pub fn add(&mut self, other: &Tally) {
+        self.calls += other.calls;
+        self.answered += other.answered;
+        self.terms += other.terms;
+        self.committed += other.committed;
+        self.deaths += other.deaths;
+        self.disk_errors += other.disk_errors;
+        self.snapshots_written += other.snapshots_written;
+        self.snapshots_installed += other.snapshots_installed;
+        self.changes += other.changes;
+        self.changes_done += other.changes_done;
+        self.retired += other.retired;
+    }
+}
+
+/// All there is.
+pub struct World<'t> {
+    scenario: Scenario,
+    settings: Settings,
+    founders: Membership,
+    events: Events<Event>,
+    network: Network,
+    machines: BTreeMap<NodeId, Machine>,
+    clients: Vec<Client>,
+    /// Where each client waits for an answer.
+    waiting: BTreeMap<usize, NodeId>,
+    history: History,
+    next_value: u64,
+    invariants: Invariants,
+    random: Random,
+    trace: &'t mut Trace,
+    tally: Tally,
+    /// The nodes that clients use.
+    served: Vec<NodeId>,
+    faults: bool,
+    clients_act: bool,
+    /// What was asked for, by its number.
+    changes: Vec<AdminRequest>,
+    /// Attempts that failed since the count began.
+    attempts_failed: u64,
+}
+
+/// Runs a scenario from a seed.
+pub fn run(scenario: &Scenario, seed: u64, trace: &mut Trace) -> Result<Tally, String> {
+    let mut world = World::new(scenario, seed, trace);
+    for id in world.served.clone() {
+        world.start(id)?;
+    }
+    (0..scenario.clients).for_each(|client| world.events.plan(Duration::ZERO, Event::Act(client)));
+    world.events.plan(ms(500), Event::Fault);
+    if scenario.spares > 0 {
+        world.events.plan(ms(1000), Event::Change);
+    }
+    world.run_for(scenario.chaos)?;
+    world.heal()?;
+    world.run_for(world.settings.election_time() * 6 + CLIENT_TIMEOUT)?;
+    world.check_service()?;
+    world.finish()?;
+    Ok(world.tally)
+}
+
+impl<'t> World<'t> {
+    fn new(scenario: &Scenario, seed: u64, trace: &'t mut Trace) -> World<'t> {
+        let mut random = Random::new(seed);
+        let settings = Settings::draw(&mut random);
+        let weather = Weather::draw(&mut random);
+        let ids: Vec<NodeId> = (1..=scenario.nodes).collect();
+        let machines = (1..=scenario.nodes + scenario.spares).map(|id| (id, Machine::new(id, &settings, &mut random)));
+        let machines = machines.collect();
+        let network = Network::new(weather.clone(), random.fork());
+        let clients = (0..scenario.clients).map(|number| Client::new(number, random.fork())).collect();
+        trace.note(Duration::ZERO, format_args!("{settings:?} {weather:?}"));
+        World {
+            scenario: scenario.clone(),
+            settings,
+            founders: node::founders(ids.iter().copied()),
+            events: Events::new(),
+            network,
+            machines,
+            clients,
+            waiting: BTreeMap::new(),
+            history: History::default(),
+            next_value: 0,
+            invariants: Invariants::default(),
+            random,
+            trace,
+            tally: Tally::default(),
+            served: ids,
+            faults: true,
+            clients_act: true,
+            changes: Vec::new(),
+            attempts_failed: 0,
+        }
+    }
+
+    fn note(&mut self, what: std::fmt::Arguments<'_>) {
+        self.trace.note(self.events.now(), what);
+    }
+
+    fn run_for(&mut self, time: Duration) -> Checked {
+        let end = self.events.now() + time;
+        while self.events.now() < end {
+            let Some(event) = self.events.next() else { return Err("nothing will ever happen again".to_owned()) };
+            self.happens(event)?;
+        }
+        Ok(())
+    }
+
+    fn happens(&mut self, event: Event) -> Checked {
+        if let Some((id, run)) = event.place() {
+            let machine = &self.machines[&id];
+            if run != 0 && run != machine.run {
+                return Ok(());
+            }
+            let now = self.events.now();
+            if machine.paused_until > now && machine.process.is_some() {
+                self.events.plan(machine.paused_until - now, event);
+                return Ok(());
+            }
+        }
+        match event {
+            Event::Tick(id, run) => self.tick(id, run),
+            Event::Turn(id, _) => self.turn(id),
+            Event::Apply(id, _) => self.apply(id),
+            Event::Arrive { hello, run, to, message } => self.arrive(&hello, run, to, message),
+            Event::Introduce { hello, run } => {
+                self.meets(&hello, run, hello.to);
+                Ok(())
+            }
+            Event::Retire(id, _) => {
+                self.retires(id, "nobody has confirmed its removal for long");
+                Ok(())
+            }
+            Event::Refused { node, peer, refusal, .. } => self.refused(node, peer, &refusal),
+            Event::Unreachable { node, peer, .. } => self.input(node, |replica, _| {
+                replica.unreachable(peer);
+                Ok(())
+            }),
+            Event::SnapshotArrives { from, run, to, message, file } => {
+                self.snapshot_arrives(from, run, to, &message, &file);
+                Ok(())
+            }
+            Event::SnapshotReceived { node, from, message, membership, .. } => {
+                self.note(format_args!("{node} takes the snapshot of {from}"));
+                self.input(node, |replica, host| replica.snapshot_received(from, message, membership, host))
+            }
+            Event::SnapshotSent { node, to, delivered, .. } => {
+                self.note(format_args!("{node} sent a snapshot to {to}: {delivered}"));
+                if let Some(process) = self.process(node) {
+                    process.transfer_ended(to);
+                }
+                self.input(node, |replica, _| {
+                    replica.snapshot_sent(to, delivered);
+                    Ok(())
+                })
+            }
+            Event::SnapshotWritten(id, _) => self.write_snapshot(id),
+            Event::Act(client) => self.act(client),
+            Event::Request { waiter, node, request } => self.request(waiter, node, request),
+            Event::GiveUp(waiter) => {
+                if self.clients[waiter.client].waits(waiter) {
+                    self.note(format_args!("client {} gives up", waiter.client));
+                    self.attempt_failed(waiter.client, false);
+                }
+                Ok(())
+            }
+            Event::Start(id) => self.start(id),
+            Event::PowerLoss(id, run) => {
+                if self.machines[&id].run == run && self.machines[&id].process.is_some() {
+                    self.dies(id, Death::PowerLoss, "the power is gone");
+                }
+                Ok(())
+            }
+            Event::Fault => self.fault(),
+            Event::Change => self.change(),
+        }
+    }
+
+    fn process(&mut self, id: NodeId) -> Option<&mut Process> {
+        self.machines.get_mut(&id).and_then(|machine| machine.process.as_mut())
+    }
+
+    /// Lets the replica of a node take something in, which it will process in its next turn.
+    fn input(
+        &mut self,
+        id: NodeId,
+        call: impl FnOnce(&mut Replica<Waiter>, &mut SimulatedHost<'_>) -> Result<(), CoreError>,
+    ) -> Checked {
+        self.call(id, call)?;
+        let delay = Duration::from_micros(self.random.below(300));
+        if let Some(process) = self.process(id)
+            && !std::mem::replace(&mut process.turn_planned, true)
+        {
+            let run = self.machines[&id].run;
+            self.events.plan(delay, Event::Turn(id, run));
+        }
+        Ok(())
+    }
+
+    fn call(
+        &mut self,
+        id: NodeId,
+        call: impl FnOnce(&mut Replica<Waiter>, &mut SimulatedHost<'_>) -> Result<(), CoreError>,
+    ) -> Checked {
+        let Some(process) = self.machines.get_mut(&id).and_then(|machine| machine.process.as_mut()) else {
+            return Ok(());
+        };
+        let mut effects = Vec::new();
+        let called = surviving(|| process.call(&mut self.invariants, &mut effects, call));
+        for effect in effects {
+            self.effect(id, effect)?;
+        }
+        match called {
+            Ok((result, checked)) => {
+                checked?;
+                match result {
+                    Ok(()) => self.observe(id),
+                    Err(error) => self.ended(id, &error.to_string()),
+                }
+            }
+            Err(panic) => self.ended(id, &panic),
+        }
+    }
+
+    /// A node has ended by itself: it may, if its disk fails.
+    fn ended(&mut self, id: NodeId, reason: &str) -> Checked {
+        if !self.machines[&id].disk_is_faulty {
+            return Err(format!("node {id} ended: {reason}"));
+        }
+        let death = if self.random.one_in(2) { Death::Kill } else { Death::PowerLoss };
+        self.dies(id, death, reason);
+        Ok(())
+    }
+
+    /// Compares what a node shows with all that was seen before.
+    fn observe(&mut self, id: NodeId) -> Checked {
+        let Some(process) = self.machines[&id].process.as_ref() else { return Ok(()) };
+        let shown = process.shown();
+        if self.invariants.is_new_leader(id, &shown) {
+            let log = process.replica.core().log();
+            self.invariants.leads(id, shown.term, log.first_index(), |index| log.term(index).ok())?;
+            if !self.machines[&id].disk_is_faulty {
+                process.check_log(&mut self.invariants)?;
+            }
+            self.trace.note(self.events.now(), format_args!("{id} leads: {shown:?}"));
+        }
+        self.invariants.shows(id, shown)
+    }
+
+    fn tick(&mut self, id: NodeId, run: u64) -> Checked {
+        let now = self.events.now();
+        let tick = self.machines[&id].tick;
+        self.events.plan(tick, Event::Tick(id, run));
+        let Some(process) = self.process(id) else { return Ok(()) };
+        let clock = process.clock(now);
+        self.input(id, |replica, host| {
+            replica.tick(clock, host);
+            Ok(())
+        })?;
+        let Some(process) = self.process(id) else { return Ok(()) };
+        process.ticked();
+        if process.retirement_planned {
+            self.introduces_itself(id);
+        }
+        Ok(())
+    }
+
+    /// A removed node has nothing to say, but its connections are made anew, and each begins with a hello.
+    fn introduces_itself(&mut self, id: NodeId) {
+        let (now, run) = (self.events.now(), self.machines[&id].run);
+        let Some(process) = self.process(id) else { return };
+        let hellos: Vec<Hello> = process.peers().map(|to| process.hello(to)).collect();
+        for hello in hellos {
+            if let Some(&delay) = self.network.send(now, id, hello.to).first() {
+                self.events.plan(delay, Event::Introduce { hello, run });
+            }
+        }
+    }
+
+    fn turn(&mut self, id: NodeId) -> Checked {
+        let Some(process) = self.process(id) else { return Ok(()) };
+        process.turn_planned = false;
+        self.call(id, |replica, host| {
+            while replica.process(host)? {}
+            Ok(())
+        })?;
+        let settings = self.settings.clone();
+        let apply_delay = Duration::from_micros(self.random.below(3000));
+        let run = self.machines[&id].run;
+        let Some(process) = self.process(id) else { return Ok(()) };
+        process.follow_members();
+        let plans_retirement =
+            process.replica.core().is_removed() && !std::mem::replace(&mut process.retirement_planned, true);
+        let plans_apply = process.has_to_apply() && !std::mem::replace(&mut process.apply_planned, true);
+        let begins_snapshot = process.replica.take_snapshot_wanted() && process.begin_snapshot(true, &settings);
+        if plans_retirement {
+            self.events.plan(REMOVAL_CONFIRMATION_TIMEOUT, Event::Retire(id, run));
+        }
+        if plans_apply {
+            self.events.plan(apply_delay, Event::Apply(id, run));
+        }
+        if begins_snapshot {
+            self.plan_snapshot(id);
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, id: NodeId) -> Checked {
+        let settings = self.settings.clone();
+        let Some(process) = self.machines.get_mut(&id).and_then(|machine| machine.process.as_mut()) else {
+            return Ok(());
+        };
+        process.apply_planned = false;
+        let done = match process.apply(&mut self.invariants) {
+            Ok(done) => done,
+            Err(Ok(ended)) => return self.ended(id, &ended),
+            Err(Err(violation)) => return Err(violation),
+        };
+        let version = process.applier.version();
+        let begins_snapshot = process.begin_snapshot(false, &settings);
+        if process.has_to_apply() {
+            process.apply_planned = true;
+            let delay = Duration::from_micros(self.random.below(3000));
+            self.events.plan(delay, Event::Apply(id, self.machines[&id].run));
+        }
+        if begins_snapshot {
+            self.plan_snapshot(id);
+        }
+        for (waiter, done) in done {
+            if let Done::Admin(membership) = &done {
+                self.changed(waiter, membership)?;
+                continue;
+            }
+            if !self.is_answered(waiter) {
+                continue;
+            }
+            let now = self.events.now();
+            let client = &mut self.clients[waiter.client];
+            match done {
+                Done::Write(reply) => {
+                    self.trace.note(now, format_args!("client {} of {id}: {reply:?}", waiter.client));
+                    if !matches!(reply, raftexample::message::WriteReply::Applied(_)) {
+                        self.attempts_failed += 1;
+                    }
+                    client.write_ended(&reply, &mut self.history, now)?;
+                }
+                Done::Admin(_) => unreachable!("told above"),
+                Done::Read => {
+                    self.trace.note(
+                        now,
+                        format_args!("client {} of {id}: read at {}", waiter.client, version.applied_index()),
+                    );
+                    client.read_ended(&version, &mut self.history, now);
+                }
+            }
+            self.goes_on(waiter.client);
+        }
+        Ok(())
+    }
+
+    /// Whether an answer reaches the client, and the client still waits for it.
+    fn is_answered(&mut self, waiter: Waiter) -> bool {
+        let lost = self.faults && self.random.one_in(ANSWERS_LOST);
+        !lost && self.clients[waiter.client].waits(waiter)
+    }
+
+    fn plan_snapshot(&mut self, id: NodeId) {
+        let run = self.machines[&id].run;
+        let delay = ms(self.random.below(100));
+        self.events.plan(delay, Event::SnapshotWritten(id, run));
+    }
+
+    fn write_snapshot(&mut self, id: NodeId) -> Checked {
+        let keep = self.settings.catchup_entries;
+        let Some(process) = self.process(id) else { return Ok(()) };
+        let Some(capture) = process.capture.take() else { return Ok(()) };
+        let files = process.files.clone();
+        let Ok(info) = files.write(&capture) else { return Ok(()) };
+        self.tally.snapshots_written += 1;
+        self.note(format_args!("{id} wrote the snapshot of {}", info.index));
+        let membership = capture.membership().clone();
+        self.input(id, |replica, _| replica.snapshot_written(info.index, membership, info.index.saturating_sub(keep)))?;
+        if self.process(id).is_some() {
+            // What can't be removed now is removed after the next one.
+            let _ = files.remove_older(info.index);
+        }
+        Ok(())
+    }
+
+    fn effect(&mut self, id: NodeId, effect: Effect) -> Checked {
+        match effect {
+            Effect::Send(to, message) => self.send(id, to, message),
+            Effect::SendSnapshot(to, message) => self.send_snapshot(id, to, message),
+            Effect::Answer(waiter, answer) => return self.answer(waiter, answer),
+            Effect::Offended(from, offence) => {
+                self.note(format_args!("{id} refuses a message of {from}: {offence}"));
+                if !matches!(offence, Offence::Removed(_) | Offence::Stranger(_)) {
+                    return Err(format!("node {id} refuses a message of node {from}: {offence}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, from: NodeId, to: NodeId, message: PeerMessage) {
+        let now = self.events.now();
+        if self.machines.get(&to).is_none_or(|machine| machine.process.is_none()) {
+            if self.random.one_in(3) {
+                let (delay, run) = (ms(self.random.below(50)), self.machines[&from].run);
+                self.events.plan(delay, Event::Unreachable { node: from, run, peer: to });
+            }
+            return;
+        }
+        let Some(hello) = self.process(from).map(|process| process.hello(to)) else { return };
+        let run = self.machines[&from].run;
+        for delay in self.network.send(now, from, to) {
+            self.events.plan(delay, Event::Arrive { hello: hello.clone(), run, to, message: message.clone() });
+        }
+    }
+
+    /// Whether a node takes what a peer sends over a connection that began with this hello; tells the peer if not.
+    fn meets(&mut self, hello: &Hello, run: u64, to: NodeId) -> bool {
+        let from = hello.from;
+        if !self.network.is_up(from, to) {
+            return false;
+        }
+        let Some(process) = self.process(to) else { return false };
+        let Err(refusal) = process.meet(hello) else { return true };
+        self.note(format_args!("{to} refuses {from}: {refusal}"));
+        if self.network.is_up(to, from) {
+            let delay = ms(self.random.below(20));
+            self.events.plan(delay, Event::Refused { node: from, run, peer: to, refusal });
+        }
+        false
+    }
+
+    fn arrive(&mut self, hello: &Hello, run: u64, to: NodeId, message: PeerMessage) -> Checked {
+        let from = hello.from;
+        if !self.meets(hello, run, to) {
+            return Ok(());
+        }
+        self.note(format_args!("{from} -> {to}: {}", node::describe(&message)));
+        self.input(to, |replica, host| replica.peer(from, message, host))
+    }
+
+    /// A peer does not take this node's messages.
+    fn refused(&mut self, id: NodeId, peer: NodeId, refusal: &HelloRefusal) -> Checked {
+        match refusal {
+            HelloRefusal::Removed => self.retires(id, "it is told of its removal"),
+            // Its disk fails, and it may end of that.
+            HelloRefusal::NotReady(_) => {}
+            other => return Err(format!("node {peer} refuses node {id}: {other}")),
+        }
+        Ok(())
+    }
+
+    /// A node ends because it was removed from the cluster.
+    fn retires(&mut self, id: NodeId, reason: &str) {
+        self.note(format_args!("{id} retires: {reason}"));
+        self.tally.retired += 1;
+        self.leaves(id);
+        self.machines.get_mut(&id).expect("machines stay").is_removed = true;
+    }
+
+    fn send_snapshot(&mut self, from: NodeId, to: NodeId, message: Message) {
+        let run = self.machines[&from].run;
+        let index = message.get_snapshot().get_metadata().index;
+        let file = self.process(from).and_then(|process| read_snapshot(process, index));
+        let arrival = self.network.send(self.events.now(), from, to).first().copied();
+        let transfer = ms(5 + self.random.below(50));
+        match (file, arrival) {
+            (Some(file), Some(arrival)) => {
+                self.events.plan(arrival + transfer, Event::SnapshotArrives { from, run, to, message, file });
+            }
+            _ => {
+                self.events.plan(transfer, Event::SnapshotSent { node: from, run, to, delivered: false });
+            }
+        }
+    }
+
+    /// Does what a node does with a snapshot's file, see the peer inbox of a real one.
+    fn snapshot_arrives(&mut self, from: NodeId, run: u64, to: NodeId, announced: &Message, mut file: &[u8]) {
+        let metadata = announced.get_snapshot().get_metadata();
+        let received = self.process(to).map(|process| process.files.clone().receive(metadata.index, &mut file));
+        let (returns, delay) = (self.network.is_up(to, from), ms(1 + self.random.below(20)));
+        let delivered = matches!(received, Some(Ok(_))) && returns;
+        self.events.plan(delay, Event::SnapshotSent { node: from, run, to, delivered });
+        let Some(Ok((membership, info))) = received else { return };
+        let mut message = Message { msg_type: MessageType::MsgSnapshot, from, to, ..Message::default() };
+        message.term = announced.term;
+        let label = message.mut_snapshot().mut_metadata();
+        (label.index, label.term) = (info.index, metadata.term);
+        label.set_conf_state(membership.conf_state.clone());
+        self.tally.snapshots_installed += 1;
+        let delay = Duration::from_micros(self.random.below(5000));
+        let run = self.machines[&to].run;
+        self.events.plan(delay, Event::SnapshotReceived { node: to, run, from, message, membership });
+    }
+
+    fn act(&mut self, client: usize) -> Checked {
+        if !self.clients_act || self.waiting.contains_key(&client) {
+            return Ok(());
+        }
+        let now = self.events.now();
+        if self.faults {
+            let there = |machine: &&Machine| machine.run > 0 && !machine.is_removed;
+            self.served = self.machines.values().filter(there).map(|machine| machine.id).collect();
+        }
+        if self.served.is_empty() {
+            return Err("all nodes were removed".to_owned());
+        }
+        let actor = &mut self.clients[client];
+        let request = actor.act(&mut self.history, &mut self.next_value, false, now);
+        let (waiter, node) = (actor.waiter(), actor.choose(&self.served));
+        self.trace.note(now, format_args!("client {client} asks {node}: {}", actor.doing()));
+        self.waiting.insert(client, node);
+        let delay = Duration::from_micros(50 + self.random.below(500));
+        self.events.plan(delay, Event::Request { waiter, node, request });
+        self.events.plan(CLIENT_TIMEOUT, Event::GiveUp(waiter));
+        Ok(())
+    }
+
+    fn request(&mut self, waiter: Waiter, node: NodeId, request: Request) -> Checked {
+        let now = self.events.now();
+        let Some(process) = self.process(node) else {
+            if self.clients[waiter.client].waits(waiter) {
+                self.attempt_failed(waiter.client, true);
+            }
+            return Ok(());
+        };
+        let deadline = process.clock(now) + REQUEST_TIMEOUT;
+        self.input(node, |replica, host| {
+            match request {
+                Request::Write(command) => replica.write(command, deadline, waiter, host),
+                Request::Read => replica.read(deadline, waiter, host),
+            }
+            Ok(())
+        })
+    }
+
+    fn answer(&mut self, waiter: Waiter, answer: Answer) -> Checked {
+        if let Answer::Admin(reply) = &answer {
+            self.note(format_args!("change {} ends: {reply:?}", waiter.attempt));
+            return Ok(());
+        }
+        if !self.is_answered(waiter) {
+            return Ok(());
+        }
+        self.note(format_args!("client {} is told {answer:?}", waiter.client));
+        match answer {
+            Answer::Write(reply) => {
+                self.attempts_failed += 1;
+                self.clients[waiter.client].write_ended(&reply, &mut self.history, self.events.now())?;
+                self.goes_on(waiter.client);
+            }
+            Answer::Read(_) => self.attempt_failed(waiter.client, true),
+            Answer::Admin(_) => unreachable!("told above"),
+        }
+        Ok(())
+    }
+
+    fn attempt_failed(&mut self, client: usize, refused: bool) {
+        self.attempts_failed += 1;
+        self.clients[client].attempt_failed(refused, &mut self.history);
+        self.goes_on(client);
+    }
+
+    fn goes_on(&mut self, client: usize) {
+        self.waiting.remove(&client);
+        let pause = self.clients[client].pause();
+        self.events.plan(pause, Event::Act(client));
+    }
+
+    fn start(&mut self, id: NodeId) -> Checked {
+        let now = self.events.now();
+        let Some(contacts) = self.contacts(id) else {
+            self.events.plan(ms(300), Event::Start(id));
+            return Ok(());
+        };
+        let machine = self.machines.get_mut(&id).expect("machines stay");
+        if machine.process.is_some() || machine.is_removed {
+            return Ok(());
+        }
+        let started = surviving(|| machine.start(&self.founders, contacts, &self.settings, now, &mut self.random));
+        if let Err(reason) = started.and_then(|started| started) {
+            if !machine.disk_is_faulty {
+                return Err(format!("node {id} can't be started: {reason}"));
+            }
+            self.dies(id, Death::PowerLoss, &reason);
+            return Ok(());
+        }
+        let (run, tick) = (machine.run, machine.tick);
+        let process = machine.process.as_ref().expect("just started");
+        let shown = process.shown();
+        if !machine.disk_is_faulty {
+            process.check_log(&mut self.invariants)?;
+        }
+        self.invariants.restarts(id, shown)?;
+        self.note(format_args!("{id} starts: {shown:?}"));
+        self.events.plan(tick, Event::Tick(id, run));
+        self.events.plan(Duration::ZERO, Event::Turn(id, run));
+        Ok(())
+    }
+
+    /// What a node that starts is told of the cluster by a member: a founder knows it, a joiner has to ask.
+    fn contacts(&mut self, id: NodeId) -> Option<Membership> {
+        if self.founders.members.contains_key(&id) {
+            return Some(Membership::default());
+        }
+        let members = self.machines.values().filter_map(|machine| machine.process.as_ref());
+        let known: Vec<&Arc<Membership>> = members
+            .map(|process| process.replica.core().membership())
+            .filter(|membership| !membership.members.is_empty())
+            .collect();
+        match known.is_empty() {
+            // Who has joined before starts without.
+            true => (self.machines[&id].run > 0).then(Membership::default),
+            false => Some((**self.random.pick(&known)).as_ref().clone()),
+        }
+    }
+
+    /// Ends a node and plans its restart. Clients that wait for it are left without an answer.
+    fn dies(&mut self, id: NodeId, death: Death, reason: &str) {
+        self.note(format_args!("{id} dies by {death:?}: {reason}"));
+        self.tally.deaths += 1;
+        self.leaves(id);
+        let machine = self.machines.get_mut(&id).expect("machines stay");
+        match death {
+            Death::Kill => machine.disk.clear_faults(),
+            Death::PowerLoss => machine.disk.crash(self.random.next()),
+        }
+        let delay = self.random.time(&(ms(10)..ms(4000)));
+        self.events.plan(delay, Event::Start(id));
+    }
+
+    /// A node's process is gone.
+    fn leaves(&mut self, id: NodeId) {
+        let machine = self.machines.get_mut(&id).expect("machines stay");
+        machine.process = None;
+        machine.disk_is_faulty = false;
+        machine.paused_until = Duration::ZERO;
+        let left: Vec<usize> =
+            self.waiting.iter().filter(|(_, node)| **node == id).map(|(client, _)| *client).collect();
+        for client in left {
+            self.attempt_failed(client, false);
+        }
+    }
+
+    /// Somebody asks a node to change the cluster.
+    fn change(&mut self) -> Checked {
+        if !self.faults {
+            return Ok(());
+        }
+        let pause = self.random.time(&(ms(200)..ms(4000)));
+        self.events.plan(pause, Event::Change);
+        let running: Vec<NodeId> =
+            self.machines.values().filter(|machine| machine.process.is_some()).map(|machine| machine.id).collect();
+        if running.is_empty() {
+            return Ok(());
+        }
+        let node = *self.random.pick(&running);
+        let request = self.draw_change();
+        self.note(format_args!("change {} is asked of {node}: {request:?}", self.changes.len()));
+        self.tally.changes += 1;
+        let waiter = Waiter { client: usize::MAX, attempt: self.changes.len() as u64 };
+        self.changes.push(request.clone());
+        let now = self.events.now();
+        let Some(process) = self.process(node) else { return Ok(()) };
+        let deadline = process.clock(now) + REQUEST_TIMEOUT * 2;
+        self.input(node, |replica, host| {
+            replica.admin(request, deadline, waiter, host);
+            Ok(())
+        })
+    }
+
+    fn draw_change(&mut self) -> AdminRequest {
+        let ids: Vec<NodeId> = self.machines.keys().copied().collect();
+        let id = *self.random.pick(&ids);
+        let request = match self.random.below(8) {
+            0..3 => {
+                let voter = *self.random.pick(&[None, None, Some(true), Some(false)]);
+                AdminRequest::AddMember { id, url: node::url(id), voter }
+            }
+            3 | 4 => AdminRequest::RemoveMember { id },
+            5 => {
+                let mut wanted = ids;
+                self.random.shuffle(&mut wanted);
+                wanted.truncate(1 + self.random.below(4) as usize);
+                let member = |id| (id, node::url(id), !self.random.one_in(4));
+                AdminRequest::ReplaceMembers(wanted.into_iter().map(member).collect())
+            }
+            _ => AdminRequest::TransferLeader { id },
+        };
+        let joining: Vec<NodeId> = match &request {
+            AdminRequest::AddMember { id, .. } => vec![*id],
+            AdminRequest::ReplaceMembers(members) => members.iter().map(|(id, ..)| *id).collect(),
+            AdminRequest::RemoveMember { .. } | AdminRequest::TransferLeader { .. } => Vec::new(),
+        };
+        for id in joining.into_iter().filter(|id| self.machines[id].run == 0) {
+            let delay = ms(self.random.below(2000));
+            self.events.plan(delay, Event::Start(id));
+        }
+        request
+    }
+
+    /// A change is done, says the node that was asked, with this membership.
+    fn changed(&mut self, waiter: Waiter, membership: &Membership) -> Checked {
+        let request = self.changes[waiter.attempt as usize].clone();
+        self.note(format_args!("change {} is done: {:?}", waiter.attempt, membership.conf_state));
+        self.tally.changes_done += 1;
+        let holds = match &request {
+            // It may have been removed, or others added, by a later change that is applied already.
+            AdminRequest::AddMember { id, .. } => {
+                membership.members.contains_key(id) || membership.removed.contains(id)
+            }
+            AdminRequest::RemoveMember { id } => membership.removed.contains(id),
+            AdminRequest::ReplaceMembers(_) | AdminRequest::TransferLeader { .. } => true,
+        };
+        if holds { Ok(()) } else { Err(format!("{request:?} is done, and the membership is {membership:?}")) }
+    }
+
+    /// Something goes wrong, or right again.
+    fn fault(&mut self) -> Checked {
+        if !self.faults {
+            return Ok(());
+        }
+        let pause = self.random.time(&(ms(20)..ms(2000)));
+        self.events.plan(pause, Event::Fault);
+        let ids: Vec<NodeId> = self.machines.keys().copied().collect();
+        let id = *self.random.pick(&ids);
+        match self.random.below(16) {
+            0 => self.running(id, |world| world.dies(id, Death::PowerLoss, "power loss")),
+            1 => self.running(id, |world| world.dies(id, Death::Kill, "kill")),
+            2 if self.random.one_in(3) => {
+                for id in ids {
+                    self.running(id, |world| world.dies(id, Death::PowerLoss, "power loss of all"));
+                }
+            }
+            3 | 4 => self.running(id, |world| world.power_will_end(id)),
+            5 => self.running(id, |world| world.disk_will_fail(id)),
+            6 | 7 if ids.len() > 1 => {
+                let partition = self.network.draw_partition(&ids);
+                self.note(format_args!("partition: {partition}"));
+            }
+            8 | 9 => {
+                self.note(format_args!("all links are mended"));
+                self.network.heal();
+            }
+            10 => {
+                let cuts: Vec<_> = self.network.cuts().collect();
+                if let Some(&(from, to)) = (!cuts.is_empty()).then(|| self.random.pick(&cuts)) {
+                    self.note(format_args!("the link from {from} to {to} is mended"));
+                    self.network.mend(from, to);
+                }
+            }
+            11 => {
+                let weather = Weather::draw(&mut self.random);
+                self.note(format_args!("{weather:?}"));
+                self.network.set_weather(weather);
+            }
+            12 | 13 => {
+                let pause = self.random.time(&(ms(100)..ms(5000)));
+                self.note(format_args!("{id} stands still for {pause:?}"));
+                let until = self.events.now() + pause;
+                self.machines.get_mut(&id).expect("machines stay").paused_until = until;
+            }
+            14 => {
+                self.note(format_args!("{id} hands over, if it leads"));
+                return self.input(id, |replica, _| {
+                    replica.hand_over();
+                    Ok(())
+                });
+            }
+            _ => {
+                let settings = self.settings.clone();
+                if self.process(id).is_some_and(|process| process.begin_snapshot(true, &settings)) {
+                    self.plan_snapshot(id);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn running(&mut self, id: NodeId, happens: impl FnOnce(&mut Self)) {
+        if self.process(id).is_some() {
+            happens(self);
+        }
+    }
+
+    /// The power will end in the middle of something.
+    fn power_will_end(&mut self, id: NodeId) {
+        let nth = 1 + self.random.below(40);
+        self.note(format_args!("the power of {id} ends at change {nth}"));
+        let machine = self.machines.get_mut(&id).expect("machines stay");
+        machine.disk.stop_at(nth);
+        machine.disk_is_faulty = true;
+        let (delay, run) = (ms(self.random.below(3000)), machine.run);
+        self.events.plan(delay, Event::PowerLoss(id, run));
+    }
+
+    fn disk_will_fail(&mut self, id: NodeId) {
+        let nth = 1 + self.random.below(20);
+        let operation =
+            *self.random.pick(&[None, Some(Operation::Sync), Some(Operation::Write), Some(Operation::Sync)]);
+        let failure = *self.random.pick(&[Failure::Error, Failure::Short]);
+        self.note(format_args!("the disk of {id} fails {operation:?} {nth}: {failure:?}"));
+        self.tally.disk_errors += 1;
+        let machine = self.machines.get_mut(&id).expect("machines stay");
+        machine.disk.fail(operation, nth, failure);
+        machine.disk_is_faulty = true;
+    }
+
+    /// Nothing goes wrong any more: of all, or of a majority, while the rest stays as it is.
+    fn heal(&mut self) -> Checked {
+        let there = |machine: &&Machine| machine.run > 0 && !machine.is_removed;
+        let mut ids: Vec<NodeId> = self.machines.values().filter(there).map(|machine| machine.id).collect();
+        self.random.shuffle(&mut ids);
+        let broken = if self.scenario.leaves_minority_broken { (ids.len() - 1) / 2 } else { 0 };
+        let (left, healed) = ids.split_at(broken);
+        let healed = healed.to_vec();
+        self.trace.note(self.events.now(), format_args!("healed: {healed:?}, left: {left:?}"));
+        self.faults = false;
+        self.network.set_weather(Weather::fine());
+        for &from in &healed {
+            for &to in &healed {
+                self.network.mend(from, to);
+            }
+        }
+        if broken == 0 {
+            self.network.heal();
+        }
+        for &id in &healed {
+            let machine = self.machines.get_mut(&id).expect("machines stay");
+            machine.paused_until = Duration::ZERO;
+            if machine.process.is_some() && machine.disk_is_faulty {
+                self.dies(id, Death::PowerLoss, "its disk is replaced");
+            }
+            self.start(id)?;
+        }
+        self.served = healed;
+        Ok(())
+    }
+
+    /// With nothing going wrong, everything that clients ask is done.
+    ///
+    /// Where a minority stays broken, a healed node may still be cut off from a leader that the others hear, in one
+    /// direction or both: its pre-votes are rightly refused for as long as that one leads, and Raft has no remedy. The
+    /// others must serve.
+    fn check_service(&mut self) -> Checked {
+        if self.scenario.leaves_minority_broken {
+            let (machines, network) = (&self.machines, &self.network);
+            let follows = |id: &NodeId| {
+                let leader = machines[id].process.as_ref().map_or(0, |process| process.replica.core().leader());
+                leader != 0 && network.is_up(*id, leader) && network.is_up(leader, *id)
+            };
+            self.served.retain(follows);
+            if self.served.is_empty() {
+                return Err("no node of a healed majority reaches a leader".to_owned());
+            }
+            self.run_for(CLIENT_TIMEOUT)?;
+        }
+        if self.scenario.spares > 0 {
+            self.serve_members()?;
+        }
+        let (called, answered) = self.history.counts();
+        self.attempts_failed = 0;
+        self.run_for(ms(3000))?;
+        let (called_now, answered_now) = self.history.counts();
+        if self.attempts_failed > 0 || answered_now - answered < self.scenario.clients {
+            return Err(format!(
+                "of {} requests to a healed cluster {} were answered, and {} attempts failed",
+                called_now - called,
+                answered_now - answered,
+                self.attempts_failed
+            ));
+        }
+        Ok(())
+    }
+
+    /// From now on clients ask the members there are; all of them must be running, and no change half done.
+    fn serve_members(&mut self) -> Checked {
+        let processes = self.machines.values().filter_map(|machine| machine.process.as_ref());
+        let newest = processes.max_by_key(|process| process.replica.core().handed_out());
+        let membership = newest.ok_or("no node runs")?.replica.core().membership().clone();
+        self.note(format_args!("the members are {:?}", membership.conf_state));
+        if membership.is_joint() {
+            return Err(format!("the configuration stays joint: {:?}", membership.conf_state));
+        }
+        self.served = membership.members.keys().copied().collect();
+        let lost = self.served.iter().find(|id| self.machines[id].process.is_none());
+        if let Some(id) = lost {
+            return Err(format!("member {id} does not run"));
+        }
+        self.run_for(CLIENT_TIMEOUT)
+    }
+
+    /// All healed nodes come to the same, and clients have seen one copy of each key.
+    fn finish(&mut self) -> Checked {
+        self.clients_act = false;
+        self.run_for(CLIENT_TIMEOUT + ms(1000))?;
+        let mut ends = Vec::new();
+        for id in self.served.clone() {
+            let process = self.machines[&id].process.as_ref().ok_or(format!("node {id} does not run"))?;
+            process.check_log(&mut self.invariants)?;
+            let digest = raftexample::snapshot::digest(&process.applier.capture());
+            ends.push((process.applier.applied_index(), digest));
+        }
+        if ends.iter().any(|end| *end != ends[0]) {
+            let indexes: Vec<u64> = ends.iter().map(|(index, _)| *index).collect();
+            return Err(format!("healed nodes end apart, having applied {indexes:?}"));
+        }
+        if ends[0].0 != self.invariants.committed() {
+            return Err(format!("{} was handed out, and {} applied", self.invariants.committed(), ends[0].0));
+        }
+        (self.tally.calls, self.tally.answered) = self.history.counts();
+        (self.tally.terms, self.tally.committed) = (self.invariants.terms(), self.invariants.committed());
+        self.history.check()
+    }
+}
+
+fn read_snapshot(process: &Process, index: u64) -> Option<Vec<u8>> {
+    let (file, bytes) = process.files.open(index).ok()?;
+    let mut content = vec![0; bytes as usize];
+    file.read_exact_at(&mut content, 0).ok()?;
+    Some(content)
+}
