@@ -1,0 +1,80 @@
+# `make help` lists the targets. `.make/cluster.sh` does the work of those that run a cluster.
+
+SHELL = /bin/sh
+.DEFAULT_GOAL = help
+
+# The program that the cluster runs. Name one in the environment to run that one and to build nothing.
+NODE_BINARY ?= $(or $(CARGO_TARGET_DIR),target)/release/raftexample
+export NODE_BINARY
+
+CLUSTER = .make/cluster.sh
+
+.PHONY: help build cluster status logs stop clean test check \
+	kill-1 kill-2 kill-3 kill-4 stop-1 stop-2 stop-3 stop-4 restart-1 restart-2 restart-3 restart-4 \
+	add-4 remove-4
+
+# The text after the two number signs is the help.
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-zN][a-zN4-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+ifeq ($(origin NODE_BINARY),file)
+build: ## build the program
+	cargo build --release --locked
+
+$(NODE_BINARY):
+	cargo build --release --locked
+else
+build:
+	@:
+endif
+
+cluster: build ## build, start three nodes in the background, and wait until they are ready
+	@$(CLUSTER) start
+
+kill-N: ## end node N, one of 1 to 4, with SIGKILL, as a crash would
+kill-1 kill-2 kill-3 kill-4: kill-%:
+	@$(CLUSTER) kill $*
+
+stop-N: ## end node N with SIGTERM: it answers what is in flight and hands leadership away
+stop-1 stop-2 stop-3 stop-4: stop-%:
+	@$(CLUSTER) stop $*
+
+restart-N: ## start node N, after stopping it if it runs, and wait until it has caught up
+restart-1 restart-2 restart-3 restart-4: restart-%: | $(NODE_BINARY)
+	@$(CLUSTER) restart $*
+
+kill-N stop-N restart-N:
+	@echo "make $@: give a number for N, as in make $(@:N=2)" >&2; exit 2
+
+add-4: | $(NODE_BINARY) ## start a fourth node, add it to the cluster, and wait until it votes and has caught up
+	@$(CLUSTER) add 4
+
+remove-4: ## remove the fourth node from the cluster, and wait until it has ended
+	@$(CLUSTER) remove 4
+
+status: ## show each node's role, term and indexes
+	@$(CLUSTER) status
+
+logs: ## show the end of each node's log
+	@$(CLUSTER) logs
+
+stop: ## end all nodes with SIGTERM
+	@$(CLUSTER) stop-all
+
+clean: ## end all nodes and delete their data and logs (cargo clean deletes what was built)
+	@$(CLUSTER) clean
+
+test: ## run all tests
+	cargo test --locked
+	cargo test --locked --features failpoints --test failpoints
+
+check: ## check format, lints, docs and scripts
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --features failpoints --test failpoints -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
+	@if command -v shellcheck >/dev/null; then \
+		echo shellcheck $(CLUSTER) .ci/run .ci/schemathesis.sh; shellcheck $(CLUSTER) .ci/run .ci/schemathesis.sh; \
+	else \
+		echo 'shellcheck is not installed: the scripts go unchecked'; \
+	fi
