@@ -160,6 +160,16 @@ impl Read for FileReader {
     }
 }
 
+/// What a removed node is told by node `me`. Only a voter tells it the truth, which ends it: the voters may not know yet
+/// that the change is committed, and need the votes of those who leave until they do; a node that does not vote can't
+/// teach them.
+pub fn removal(me: NodeId, membership: &Membership) -> HelloRefusal {
+    match membership.conf_state.voters.contains(&me) {
+        true => HelloRefusal::Removed,
+        false => HelloRefusal::NotReady("only a voter tells who was removed".to_owned()),
+    }
+}
+
 impl Network for PeerNetwork {
     fn send(&mut self, to: NodeId, message: PeerMessage) -> bool {
         self.senders.get(&to).is_some_and(|(_, sender)| sender.send(message).is_ok())
@@ -207,7 +217,7 @@ impl Network for PeerNetwork {
     ) -> Result<HelloAnswer, HelloRefusal> {
         let protocol = hello.check(&self.me)?;
         if membership.removed.contains(&hello.from) {
-            return Err(HelloRefusal::Removed);
+            return Err(removal(self.me.id, membership));
         }
         // Who only asks for the cluster's id sends nothing that has to be trusted.
         if hello.cluster.is_some() {

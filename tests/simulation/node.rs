@@ -16,6 +16,7 @@ use raftexample::disk::Disk;
 use raftexample::membership::{ClusterId, Membership, NodeId};
 use raftexample::memory_disk::MemoryDisk;
 use raftexample::message_check::Offence;
+use raftexample::peer_network::removal;
 use raftexample::peer_protocol::{Hello, HelloRefusal, LogPosition, NodeIdentity, PeerMessage};
 use raftexample::raft_core::{CoreOptions, RaftCore};
 use raftexample::raft_log::LogOptions;
@@ -353,8 +354,9 @@ impl Process {
 
     /// Decides whether to take messages of a peer that introduces itself, on a new connection or on one it has.
     pub fn meet(&mut self, hello: &Hello) -> Result<(), HelloRefusal> {
-        if self.replica.core().membership().removed.contains(&hello.from) {
-            return Err(HelloRefusal::Removed);
+        let membership = self.replica.core().membership();
+        if membership.removed.contains(&hello.from) {
+            return Err(removal(self.id, membership));
         }
         if self.met.contains(&(hello.from, hello.boot)) && !self.random.one_in(RECONNECTS) {
             return Ok(());
