@@ -56,7 +56,9 @@ struct Key {
 
 impl Load {
     pub(crate) fn start(cluster: &Cluster, writers: usize) -> Self {
-        Self::start_under("load", cluster, writers)
+        static LOADS: AtomicUsize = AtomicUsize::new(0);
+        // A key that an earlier load of the same test has written would be taken for a broken promise.
+        Self::start_under(&format!("load-{}", LOADS.fetch_add(1, Ordering::Relaxed)), cluster, writers)
     }
 
     /// As [`Self::start`], with keys under a prefix of its own: what an earlier load left there would be taken for a

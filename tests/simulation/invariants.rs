@@ -65,6 +65,9 @@ pub struct Invariants {
     entries: BTreeMap<(u64, u64), (Content, Option<u64>)>,
     /// By index: the term and content of what was handed out.
     committed: BTreeMap<u64, (u64, Content)>,
+    /// By index: the highest term that had a leader when the entry was first handed out. It was committed in that term
+    /// or before.
+    committed_by: BTreeMap<u64, u64>,
     /// By applied index: the state.
     digests: BTreeMap<u64, u64>,
     /// What each running node showed last.
@@ -115,7 +118,10 @@ impl Invariants {
         first_index: u64,
         term_of: impl Fn(u64) -> Option<u64>,
     ) -> Checked {
-        let committed = self.committed.range(first_index..).filter(|(_, (term, _))| *term < leads_in);
+        // What counts is not the entry's own term: an entry of an earlier term may be committed by a later leader, and a
+        // leader between the two need not have it.
+        let earlier = |index: &u64| self.committed_by.get(index).is_some_and(|term| *term < leads_in);
+        let committed = self.committed.range(first_index..).filter(|(index, _)| earlier(index));
         for (&index, &(term, _)) in committed {
             let theirs = term_of(index);
             if theirs != Some(term) {
@@ -195,6 +201,8 @@ impl Invariants {
 
     /// A node hands this out to be applied: at one index it is the same on all nodes.
     pub fn hands_out(&mut self, node: NodeId, index: u64, term: u64, content: Content) -> Checked {
+        let newest = self.leaders.last_key_value().map_or(term, |(&newest, _)| newest.max(term));
+        self.committed_by.entry(index).or_insert(newest);
         let known = *self.committed.entry(index).or_insert((term, content));
         if known == (term, content) {
             Ok(())
@@ -317,6 +325,15 @@ mod tests {
         assert!(invariants.leads(2, 3, 3, log(None)).is_err());
         // Elected before that was committed, and told of it only now.
         invariants.leads(2, 2, 3, log(None)).unwrap();
+    }
+
+    #[test]
+    fn a_late_leader_need_not_have_what_a_later_one_committed() {
+        let mut invariants = Invariants::default();
+        invariants.shows(3, Shown { leads: true, term: 8, ..Shown::default() }).unwrap();
+        invariants.hands_out(1, 2, 6, Content::of(&"a")).unwrap();
+        invariants.leads(2, 7, 2, |_| None).expect("its entry of term 6 was committed in term 8");
+        assert!(invariants.leads(2, 9, 2, |_| None).is_err());
     }
 
     #[test]
