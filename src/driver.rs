@@ -36,7 +36,8 @@ pub const EVENTS_MAX: usize = 8 * 1024;
 pub const EVENTS_PER_TURN_MAX: usize = 1024;
 
 /// Batches on their way to the applier. When it is full the driver waits: that is what slows clients down to the
-/// speed of the state machine. Each holds at most [`crate::raft_core::COMMITTED_BYTES_MAX`] and a Ready's rest.
+/// speed of the state machine. Each holds what one turn hands out: usually one or two Readies, and when a long log is
+/// read back at a start as many as [`crate::replica::Replica::process`] works off in one call.
 pub const APPLY_BATCHES_MAX: usize = 8;
 
 /// A thread that makes no progress for so long is reported by `/_/livez`.
