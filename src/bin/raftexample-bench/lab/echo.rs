@@ -1,5 +1,6 @@
 //! What HTTP alone costs: this crate's connection loop, answering every request with the same bytes.
 
+use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use clap::Args;
 use raftexample::http::{
-    Admission, Body, Head, Header, Limits, Listener, Payload, Response, Service, StatusCode, respond,
+    Admission, Begun, Body, Caller, EventLoop, Head, Header, Limits, Listener, Payload, Response, Service, StatusCode,
+    respond,
 };
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -41,7 +43,9 @@ pub(crate) fn run(cli: &EchoCli) -> Result<(), String> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
     let listener = Listener::bind(address).map_err(failed)?;
     let service = Echo { body: Bytes::from(value(cli.value_bytes)), headers: headers()? };
-    let handle = listener.serve(Arc::new(service), Limits::default(), "http").map_err(failed)?;
+    let limits = Limits::default();
+    let event_loop = EventLoop::new(limits.connections).map_err(failed)?;
+    let handle = listener.serve_in_loops(Arc::new(service), limits, "http", vec![event_loop]).map_err(failed)?;
     signals.forever().next();
     handle.stop(STOP_TIMEOUT);
     Ok(())
@@ -62,8 +66,21 @@ struct Echo {
     headers: Vec<Header>,
 }
 
+impl Echo {
+    fn echo(&self) -> Response {
+        let mut response = respond(200, Payload::from(self.body.clone()));
+        for header in &self.headers {
+            response.add_header(header.clone());
+        }
+        response
+    }
+}
+
 impl Service for Echo {
     type Session = ();
+    type Turn = ();
+    type Pending = Infallible;
+    type Reply = Infallible;
 
     fn session(&self, _: SocketAddr) {}
 
@@ -72,11 +89,17 @@ impl Service for Echo {
     }
 
     fn answer(&self, (): &mut (), _: &Head<'_>, _: Body<'_>) -> Response {
-        let mut response = respond(200, Payload::from(self.body.clone()));
-        for header in &self.headers {
-            response.add_header(header.clone());
-        }
-        response
+        self.echo()
+    }
+
+    fn begin(&self, (): &mut (), _: &Head<'_>, _: &[u8], _: Caller<Infallible>) -> Begun<Infallible> {
+        Begun::Answered(self.echo())
+    }
+
+    fn submit(&self, (): &mut ()) {}
+
+    fn finish(&self, pending: Infallible, _: Option<Infallible>) -> Response {
+        match pending {}
     }
 
     fn fault(&self, status: StatusCode, detail: &str) -> Response {
