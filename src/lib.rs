@@ -27,6 +27,7 @@ pub mod membership;
 pub mod membership_change;
 pub mod command;
 pub mod disk;
+pub mod gentle_disk;
 pub mod memory_disk;
 pub mod raft_log;
 pub mod store;
