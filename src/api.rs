@@ -18,7 +18,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::http::{Admission, Begun, Body, Caller, Head, Method, Response, Service, StatusCode};
-use crate::message::{ANSWER_GRACE, Backend, ClientRequest, Reply, ReplyTo};
+use crate::message::{ANSWER_GRACE, Ask, Backend, ClientRequest, Refusal, Reply, ReplyTo, STALE_READ_TIMEOUT};
 
 use self::keys::Waiting;
 use self::problem::Problem;
@@ -153,25 +153,30 @@ impl<B: Backend> Service for Api<B> {
         if body.len() > request.body_bytes_max(&self.limits) {
             return Begun::ForThread;
         }
-        let (waiting, command) = match request {
+        let (waiting, ask) = match request {
             Request::GetKey { key, query, condition } if query.after_index.is_none() => {
-                if query.consistency == Consistency::Stale {
-                    return Begun::Answered(keys::answer_read(&self.backend.stale(), &key, &condition));
+                let stale = query.consistency == Consistency::Stale;
+                if stale && let Some(version) = self.backend.newest() {
+                    return Begun::Answered(keys::answer_read(&version, &key, &condition));
                 }
-                (Waiting::Read { key: key.into_owned(), condition }, None)
+                let ask = if stale { Ask::StaleRead } else { Ask::Read };
+                (Waiting::Read { key: key.into_owned(), condition, stale }, ask)
             }
             Request::PutKey { key, condition, idempotency_key } => {
                 let (command, repeatable) = keys::put_command(&key, body, &condition, idempotency_key);
-                (Waiting::Write { repeatable }, Some(command))
+                (Waiting::Write { repeatable }, Ask::Write(command.into()))
             }
             Request::DeleteKey { key, condition, idempotency_key } => {
                 let (command, repeatable) = keys::delete_command(&key, condition, idempotency_key);
-                (Waiting::Write { repeatable }, Some(command))
+                (Waiting::Write { repeatable }, Ask::Write(command.into()))
             }
             _ => return Begun::ForThread,
         };
-        let deadline = self.deadline();
-        turn.push(ClientRequest { command: command.map(Into::into), deadline, reply: ReplyTo::Loop(caller) });
+        let deadline = match ask {
+            Ask::StaleRead => Instant::now() + STALE_READ_TIMEOUT,
+            Ask::Write(_) | Ask::Read => self.deadline(),
+        };
+        turn.push(ClientRequest { ask, deadline, reply: ReplyTo::Loop(caller) });
         Begun::Waits(Pending(waiting), deadline + ANSWER_GRACE)
     }
 
@@ -180,7 +185,19 @@ impl<B: Backend> Service for Api<B> {
     }
 
     fn finish(&self, pending: Pending, reply: Option<Reply>) -> Response {
-        keys::answer_waiting(pending.0, reply)
+        match (pending.0, reply) {
+            (Waiting::Write { repeatable }, reply) => keys::answer_waiting_write(repeatable, reply),
+            (Waiting::Read { key, condition, .. }, Some(Reply::Read(Ok(version)))) => {
+                keys::answer_read(&version, &key, &condition)
+            }
+            // The applier is stuck or the node ends: what was published last is a stale read too.
+            (Waiting::Read { key, condition, stale: true }, _) => {
+                keys::answer_read(&self.backend.last_published(), &key, &condition)
+            }
+            (Waiting::Read { .. }, Some(Reply::Read(Err(refusal)))) => answer::problem(&refusal.into(), false),
+            (Waiting::Read { .. }, Some(_)) => unreachable!("a read is answered as a read"),
+            (Waiting::Read { .. }, None) => answer::problem(&Refusal::NoLeader.into(), false),
+        }
     }
 
     fn fault(&self, status: StatusCode, detail: &str) -> Response {
