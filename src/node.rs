@@ -530,7 +530,7 @@ impl Node {
             false => None,
         };
         let opened = open_data_dir(&config, &disk, contacts.as_ref().map(|(cluster, _)| *cluster))?;
-        let data_dir::Opened { identity, boot, log, state, membership, snapshot_index } = opened;
+        let data_dir::Opened { identity, boot, earlier_boots, log, state, membership, snapshot_index } = opened;
         log::info!(
             "node {} of cluster {} starts for the {}th time with the snapshot of index {snapshot_index} and the log up to {}",
             config.id,
@@ -543,6 +543,7 @@ impl Node {
             id: config.id,
             directory: identity.directory,
             boot,
+            earlier_boots: earlier_boots.into(),
             url: config.url.to_string(),
         };
         let core = RaftCore::open(
@@ -716,7 +717,8 @@ fn find_cluster(
     exits: &Receiver<ThreadExit>,
 ) -> Result<Option<(ClusterId, Membership)>, NodeError> {
     let is_new = data_dir::is_new(disk, config.id).map_err(|error| NodeError(error.to_string()))?;
-    let me = NodeIdentity { cluster: None, id: config.id, directory: 0, boot: 0, url: config.url.to_string() };
+    let (url, earlier_boots) = (config.url.to_string(), [].into());
+    let me = NodeIdentity { cluster: None, id: config.id, directory: 0, boot: 0, earlier_boots, url };
     let hello = Hello::new(&me, 0, &LogPosition::default());
     let by = Instant::now() + JOIN_TIMEOUT;
     loop {

@@ -251,6 +251,7 @@ impl Machine {
             id: self.id,
             directory: opened.identity.directory,
             boot: opened.boot,
+            earlier_boots: opened.earlier_boots.into(),
             url: url(self.id),
         };
         let position = LogPosition::default();
