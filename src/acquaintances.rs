@@ -7,7 +7,8 @@
 //!
 //! What this can't detect, member by member: a directory that was wiped before the member had met it, and an older copy
 //! of which the member has met no later start, if it has been restarted since and so forgotten the term and the log index
-//! that it saw.
+//! that it saw. And a majority of the members of any earlier time whose directories are all lost, cut off from the others,
+//! have nobody who could tell them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

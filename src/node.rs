@@ -40,13 +40,13 @@ use slog::Drain;
 
 use crate::acquaintances::Acquaintances;
 use crate::api::{self, Api};
-use crate::applier::{Applier, Done};
+use crate::applier::{Applier, Done, SNAPSHOT_RETRY_INTERVAL, SnapshotSchedule};
 use crate::config::{Address, Config};
 use crate::data_dir::{self, Beginning, OpenOptions, SnapshotFiles};
 use crate::disk::{Disk, OsDisk};
 use crate::driver::{
-    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, Offences, Progress, Reply, ReplyTo, Room,
-    ToApplier, ToSnapshotter,
+    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, FREE_BYTES_RESERVE, Offences, Progress,
+    Reply, ReplyTo, Room, ToApplier, ToSnapshotter,
 };
 use crate::http;
 use crate::membership::{ClusterId, Membership, NodeId};
@@ -69,10 +69,6 @@ pub const CAPTURES_MAX: usize = 1;
 /// How long a connection waits past its deadline for an answer that the driver owes it: the driver looks at deadlines
 /// once a tick, and a slow disk may hold it up.
 pub const ANSWER_GRACE: Duration = Duration::from_secs(2);
-
-/// How long after a snapshot that could not be written the next attempt is made: the disk is mostly full then, and what
-/// is full stays so for a while.
-pub const SNAPSHOT_RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How often a thread that has nothing to do says that it is alive.
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -98,15 +94,9 @@ pub struct ApplierThread {
     published: Arc<ArcSwap<Version>>,
     watchers: Arc<Watchers>,
     progress: Progress,
-    snapshot_count: u64,
-    /// The applied index of the newest snapshot, written or on its way.
-    captured: u64,
-    /// The applied index from which on a snapshot is due.
-    snapshot_at: u64,
+    schedule: SnapshotSchedule,
     /// Set by the snapshotter when it has failed.
     snapshot_failed: Arc<AtomicBool>,
-    /// When a snapshot is due because the last one failed, whatever is applied until then.
-    retry_at: Option<Instant>,
 }
 
 impl ApplierThread {
@@ -130,7 +120,7 @@ impl ApplierThread {
                     }
                 }
                 // Taken again before anything more is applied, it would be the same.
-                Ok(ToApplier::SnapshotWanted) if self.captured == self.applier.applied_index() => {}
+                Ok(ToApplier::SnapshotWanted) if self.schedule.has(self.applier.applied_index()) => {}
                 Ok(ToApplier::SnapshotWanted) => self.capture(None),
                 Ok(ToApplier::Snapshot(reply)) => self.capture(Some(reply)),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -169,31 +159,24 @@ impl ApplierThread {
     /// A snapshot from the leader is loaded: it is as good as one of this node's own, and the log names it.
     fn restored(&mut self, index: u64) {
         log::info!("restored the snapshot of index {index}");
-        self.captured = index;
-        self.snapshot_at = index.saturating_add(self.snapshot_count);
+        self.schedule.restored(index);
         // Full, the order comes again behind the next snapshot.
         drop(self.snapshotter.try_send(ToSnapshotter::RemoveOlder(index)));
     }
 
     fn is_snapshot_due(&mut self) -> bool {
+        let now = Instant::now();
         if self.snapshot_failed.swap(false, Ordering::Relaxed) {
-            self.retry_at = Some(Instant::now() + SNAPSHOT_RETRY_INTERVAL);
+            self.schedule.failed(now);
         }
-        match self.retry_at {
-            Some(at) => Instant::now() >= at,
-            None => self.applier.applied_index() >= self.snapshot_at,
-        }
+        self.schedule.is_due(self.applier.applied_index(), now)
     }
 
     /// Takes a snapshot of this moment, unless one is still being written.
     fn capture(&mut self, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) {
         let capture = Box::new(self.applier.capture());
         match self.snapshotter.try_send(ToSnapshotter::Write(capture, reply)) {
-            Ok(()) => {
-                self.captured = self.applier.applied_index();
-                self.snapshot_at = self.captured.saturating_add(self.snapshot_count);
-                self.retry_at = None;
-            }
+            Ok(()) => self.schedule.captured(self.applier.applied_index()),
             Err(TrySendError::Full(ToSnapshotter::Write(_, Some(reply)))) => {
                 drop(reply.try_send(Err(Refusal::Overloaded("another snapshot is being written"))));
             }
@@ -572,7 +555,7 @@ impl Node {
         let (driver_progress, applier_progress) = (Progress::new(started), Progress::new(started));
 
         let snapshot_failed = Arc::new(AtomicBool::new(false));
-        let room = Room::new(disk.clone(), published.clone(), config.max_store_bytes);
+        let room = Room::new(disk.clone(), published.clone(), config.max_store_bytes, FREE_BYTES_RESERVE);
         let backend = NodeBackend {
             events: events_tx.clone(),
             applier: applier_tx.clone(),
@@ -590,11 +573,8 @@ impl Node {
             published,
             watchers: watchers.clone(),
             progress: applier_progress,
-            snapshot_count: config.snapshot_count,
-            captured: snapshot_index,
-            snapshot_at: snapshot_index.saturating_add(config.snapshot_count),
+            schedule: SnapshotSchedule::new(config.snapshot_count, snapshot_index),
             snapshot_failed: snapshot_failed.clone(),
-            retry_at: None,
         };
         let snapshotter =
             SnapshotterThread { orders, files: files.clone(), events: events_tx.clone(), failed: snapshot_failed };
