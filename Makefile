@@ -20,7 +20,13 @@ BENCH_COMPARE = $(BENCH_BINARY) compare --directory $(BENCH_DIR) $(if $(SHORT),-
 
 SCRIPTS = $(CLUSTER) $(BENCH_PEERS) .ci/run .ci/schemathesis.sh
 
-.PHONY: help build cluster status logs stop clean test check \
+
+# How many clusters `make sim` simulates, and the seed of the first; without one it is drawn.
+SEEDS ?= 2000
+START ?=
+SIMULATION = cargo test --locked --profile sim --test simulation
+
+.PHONY: help build cluster status logs stop clean test sim check \
 	kill-1 kill-2 kill-3 kill-4 stop-1 stop-2 stop-3 stop-4 restart-1 restart-2 restart-3 restart-4 \
 	add-4 remove-4 bench bench-binary bench-etcd bench-drift
 
@@ -95,6 +101,12 @@ bench-drift: build bench-binary ## load three nodes for ten minutes, and print w
 test: ## run all tests
 	cargo test --locked
 	cargo test --locked --features failpoints --test failpoints
+
+sim: ## simulate SEEDS=n clusters (2000), the first from seed START=s (any)
+	@start=$(or $(START),$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')) && \
+	echo "make sim SEEDS=$(SEEDS) START=$$start" && \
+	SIM_CARGO='$(SIMULATION)' SIM_SEEDS=$(SEEDS) SIM_START=$$start RUST_BACKTRACE=0 \
+		$(SIMULATION) -- --exact any_cluster --nocapture
 
 check: ## check format, lints, docs and scripts
 	cargo fmt --check

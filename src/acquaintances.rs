@@ -5,8 +5,10 @@
 //! writes down and syncs a peer's directory id before it takes the first message from it, and refuses the id with
 //! another directory, or with one that is older than it was.
 //!
-//! What this can't detect: a directory that is wiped before any other node has met it, and an older copy whose term,
-//! log and boot counter no running node remembers better.
+//! What this can't detect, member by member: a directory that was wiped before the member had met it, and an older copy
+//! of which the member has met no later start, if it has been restarted since and so forgotten the term and the log index
+//! that it saw. And a majority of the members of any earlier time whose directories are all lost, cut off from the others,
+//! have nobody who could tell them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -78,13 +80,12 @@ impl Acquaintances {
         if directory.is_some_and(|directory| directory != hello.directory) {
             return Err(HelloRefusal::OtherDirectory);
         }
-        let boot = known.map_or(0, |known| known.boot);
-        if hello.boot == boot {
+        if known.is_some_and(|known| hello.boot == known.boot) {
             return Ok(());
         }
-        // The counter is in the upper half, and synced before a run says a word: two runs that count the same were
-        // started from two copies.
-        if known.is_some() && hello.boot >> 32 <= boot >> 32 {
+        // A boot is synced before its run says a word: a directory that does not remember the one that was met was
+        // copied before that. However often it is started, it will not.
+        if known.is_some_and(|known| !hello.continues(known.boot)) {
             return Err(HelloRefusal::OlderCopy);
         }
         // A new run: it must have come back with all that it promised. (A hello within a run may be a little old.)
@@ -129,7 +130,9 @@ mod tests {
 
     /// From the run that the boot counter gives this number.
     fn hello(directory: u128, run: u64, term: u64, last_index: u64) -> Hello {
-        let me = NodeIdentity { cluster: None, id: 2, directory, boot: run << 32, url: "http://h:1".to_owned() };
+        let earlier_boots = (1..run).rev().map(|run| run << 32).collect();
+        let url = "http://h:1".to_owned();
+        let me = NodeIdentity { cluster: None, id: 2, directory, boot: run << 32, earlier_boots, url };
         let position = LogPosition::default();
         position.set(term, last_index);
         Hello::new(&me, 1, &position)
@@ -173,6 +176,8 @@ mod tests {
         met.meet(&hello(7, 5, 0, 0), promises, &membership).expect("within a run the hello may be old");
         let twin = Hello { boot: 5 << 32 | 1, ..hello(7, 5, 9, 99) };
         assert_eq!(met.meet(&twin, promises, &membership), Err(HelloRefusal::OlderCopy), "two runs of one number");
+        let unfamiliar = Hello { earlier_boots: vec![6 << 32 | 1, 5 << 32 | 1, 4 << 32], ..hello(7, 7, 9, 99) };
+        assert_eq!(met.meet(&unfamiliar, promises, &membership), Err(HelloRefusal::OlderCopy), "a copy started often");
         met.meet(&hello(7, 6, 4, 20), promises, &membership).unwrap();
         met.meet(&hello(7, 7, 5, 12), promises, &membership).expect("a later leader may have shortened its log");
     }

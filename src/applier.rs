@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -15,6 +16,10 @@ use crate::membership::Membership;
 use crate::message::WriteReply;
 use crate::replica::Apply;
 use crate::store::{Applied, Capture, StateMachine, Version};
+
+/// How long after a snapshot that could not be written the next attempt is made: the disk is mostly full then, and what
+/// is full stays so for a while.
+pub const SNAPSHOT_RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What a waiting request is told once its batch is published.
 #[derive(Debug)]
@@ -131,6 +136,56 @@ impl Applier {
     /// The state, to compare.
     pub fn state(&self) -> &StateMachine {
         &self.state
+    }
+}
+
+/// When snapshots are taken: after so many applied entries, and some time after one that could not be written.
+#[derive(Clone, Debug)]
+pub struct SnapshotSchedule {
+    /// Entries between two snapshots.
+    count: u64,
+    /// The applied index of the newest snapshot, written or on its way.
+    captured: u64,
+    /// The applied index from which on one is due.
+    due_at: u64,
+    /// When one is due because the last one failed, whatever is applied until then.
+    retry_at: Option<Instant>,
+}
+
+impl SnapshotSchedule {
+    /// One snapshot every `count` entries, the last of which is that of `index`.
+    pub fn new(count: u64, index: u64) -> SnapshotSchedule {
+        SnapshotSchedule { count, captured: index, due_at: index.saturating_add(count), retry_at: None }
+    }
+
+    /// Whether it is time for one, with the state at `applied`.
+    pub fn is_due(&self, applied: u64, now: Instant) -> bool {
+        match self.retry_at {
+            Some(at) => now >= at,
+            None => applied >= self.due_at,
+        }
+    }
+
+    /// Whether one of the state at `applied` would be the same as the newest.
+    pub fn has(&self, applied: u64) -> bool {
+        self.captured == applied
+    }
+
+    /// One of the state at `applied` is on its way to the disk.
+    pub fn captured(&mut self, applied: u64) {
+        *self = SnapshotSchedule::new(self.count, applied);
+    }
+
+    /// One that the leader sent, of `index`, took the place of the state. A retry is not given up: the failed one may
+    /// have been of a later state than the next that is due.
+    pub fn restored(&mut self, index: u64) {
+        self.captured = index;
+        self.due_at = index.saturating_add(self.count);
+    }
+
+    /// The last one could not be written.
+    pub fn failed(&mut self, now: Instant) {
+        self.retry_at = Some(now + SNAPSHOT_RETRY_INTERVAL);
     }
 }
 

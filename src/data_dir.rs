@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `identity` | cluster, node and directory id; written once, before anything else |
 //! | `peers` | the data directories of the peers that were met |
-//! | `boot` | how often the node was started; its first writing completes the founding |
+//! | `boot` | the numbers of the latest starts of the node; its first writing completes the founding |
 //! | `<index>.snapshot` | the state at that applied index, 16 hexadecimal digits |
 //! | `<index>.log` | a segment of the log |
 //! | `*.tmp` | a file that was being written when the node died; removed at the next start |
@@ -41,6 +41,10 @@ const SMALL_FILE_BYTES_MAX: u64 = 64 << 10;
 /// Bytes of a snapshot that are gathered before they are written, or read at once.
 const SNAPSHOT_BUFFER_BYTES: usize = 256 << 10;
 
+/// Earlier starts that a directory remembers, at most. A peer that has met one of them can tell by it a directory that has
+/// gone on from an older copy; one that has not heard of this node for more starts than these can't.
+pub const EARLIER_BOOTS_MAX: usize = 32;
+
 /// How a node with an empty data directory begins.
 #[derive(Clone, Debug)]
 pub enum Beginning {
@@ -71,8 +75,11 @@ pub struct OpenOptions {
 pub struct Opened {
     /// Cluster, node and directory.
     pub identity: LogIdentity,
-    /// Names this run of the node; greater than that of every run before.
+    /// Names this run of the node; greater than that of every run before. How often the node was started is in the upper
+    /// half.
     pub boot: u64,
+    /// Names the runs before, the latest first, at most [`EARLIER_BOOTS_MAX`].
+    pub earlier_boots: Vec<u64>,
     /// The log behind the snapshot.
     pub log: RaftLog,
     /// The state that the snapshot holds.
@@ -152,7 +159,8 @@ pub fn open(disk: &Arc<dyn Disk>, options: &OpenOptions) -> Result<Opened, DataE
     } else {
         None
     };
-    let boots = read_boots(disk)?;
+    let mut earlier_boots = read_boots(disk)?;
+    let boots = (earlier_boots.first().unwrap_or(&0) >> 32) as u32;
     let identity = match stored {
         Some(stored) if boots > 0 => stored,
         stored => {
@@ -178,12 +186,13 @@ pub fn open(disk: &Arc<dyn Disk>, options: &OpenOptions) -> Result<Opened, DataE
         ));
     };
     let boots = boots.checked_add(1).ok_or_else(|| DataError::Unusable("too many starts".to_owned()))?;
-    fail_point("boot-before");
-    write_sealed(disk, BOOT, encode_boots(boots))?;
-    fail_point("boot-after");
     let boot = (u64::from(boots) << 32) | u64::from(options.boot_random);
+    earlier_boots.truncate(EARLIER_BOOTS_MAX);
+    fail_point("boot-before");
+    write_sealed(disk, BOOT, encode_boots(boot, &earlier_boots))?;
+    fail_point("boot-after");
     let (state, membership, snapshot_index) = load_newest(disk, identity.cluster, &log)?;
-    Ok(Opened { identity, boot, log, state, membership, snapshot_index })
+    Ok(Opened { identity, boot, earlier_boots, log, state, membership, snapshot_index })
 }
 
 /// Removes what is left of a founding that was cut short before the first boot was counted: nothing was ever served or
@@ -272,8 +281,11 @@ fn encode_identity(identity: &LogIdentity) -> Vec<u8> {
     seal(&out)
 }
 
-fn encode_boots(boots: u32) -> Vec<u8> {
-    seal(&boots.to_le_bytes())
+fn encode_boots(boot: u64, earlier: &[u64]) -> Vec<u8> {
+    let mut out = Vec::new();
+    codec::put_u32(&mut out, 1 + earlier.len() as u32);
+    [boot].iter().chain(earlier).for_each(|boot| codec::put_u64(&mut out, *boot));
+    seal(&out)
 }
 
 /// A small file's content with its version before it and its checksum behind it.
@@ -348,10 +360,16 @@ pub fn is_new(disk: &Arc<dyn Disk>, id: NodeId) -> Result<bool, DataError> {
     Ok(read_identity(disk, id)?.is_none())
 }
 
-fn read_boots(disk: &Arc<dyn Disk>) -> Result<u32, DataError> {
-    let Some(bytes) = read_sealed(disk, BOOT)? else { return Ok(0) };
-    let mut fields = Fields::new(&bytes, "boot counter");
-    fields.u32().map_err(|error| DataError::Unusable(format!("the data directory has a {error}")))
+/// The latest starts, the latest first; none if there was none.
+fn read_boots(disk: &Arc<dyn Disk>) -> Result<Vec<u64>, DataError> {
+    let Some(bytes) = read_sealed(disk, BOOT)? else { return Ok(Vec::new()) };
+    let decode = || {
+        let mut fields = Fields::new(&bytes, "list of starts");
+        let boots = (0..fields.count(8)?).map(|_| fields.u64()).collect::<Result<Vec<u64>, _>>()?;
+        // A directory that has this file has started, and an empty list would have it founded again.
+        if boots.is_empty() { Err(fields.malformed()) } else { fields.finish().map(|()| boots) }
+    };
+    decode().map_err(|error| DataError::Unusable(format!("the data directory has a {error}")))
 }
 
 fn read_full(file: &dyn DiskFile, buffer: &mut [u8], offset: u64) -> io::Result<usize> {

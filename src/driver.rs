@@ -67,27 +67,31 @@ pub struct Room {
     disk: Arc<dyn Disk>,
     publication: Arc<Publication>,
     store_bytes_max: u64,
+    reserve_bytes: u64,
     /// The free bytes when last asked for, if they are below the reserve.
     below_reserve: Option<u64>,
-    look_again_at: Instant,
+    /// `None`: never asked.
+    look_again_at: Option<Instant>,
 }
 
 impl Room {
-    /// Room on `disk`, and for `store_bytes_max` bytes of keys and values in what is applied.
-    pub fn new(disk: Arc<dyn Disk>, publication: Arc<Publication>, store_bytes_max: u64) -> Room {
-        Room { disk, publication, store_bytes_max, below_reserve: None, look_again_at: Instant::now() }
+    /// Room on `disk` above `reserve_bytes`, which is [`FREE_BYTES_RESERVE`] unless the disk is a small one of a test, and
+    /// for `store_bytes_max` bytes of keys and values in what is applied.
+    pub fn new(disk: Arc<dyn Disk>, publication: Arc<Publication>, store_bytes_max: u64, reserve_bytes: u64) -> Room {
+        Room { disk, publication, store_bytes_max, reserve_bytes, below_reserve: None, look_again_at: None }
     }
 
-    /// Why there is no room now.
-    fn full(&mut self, now: Instant) -> Option<String> {
-        if now >= self.look_again_at {
-            self.look_again_at = now + FREE_BYTES_INTERVAL;
+    /// Why there is no room now; `None` if there is.
+    pub fn full(&mut self, now: Instant) -> Option<String> {
+        if self.look_again_at.is_none_or(|at| now >= at) {
+            self.look_again_at = Some(now + FREE_BYTES_INTERVAL);
             self.look();
         }
         if let Some(free) = self.below_reserve {
+            let reserve = self.reserve_bytes;
             return Some(format!(
-                "the disk of this node has {free} bytes left, and {FREE_BYTES_RESERVE} are kept in reserve: free some \
-                 space; DELETE still works"
+                "the disk of this node has {free} bytes left, and {reserve} are kept in reserve: free some space; \
+                 DELETE still works"
             ));
         }
         let (bytes, max) = (self.publication.bytes(), self.store_bytes_max);
@@ -99,11 +103,11 @@ impl Room {
     fn look(&mut self) {
         // A file system that can't tell will say so itself when it is full.
         let free = self.disk.free_bytes().unwrap_or(u64::MAX);
-        let below_reserve = Some(free).filter(|free| *free < FREE_BYTES_RESERVE);
+        let below_reserve = Some(free).filter(|free| *free < self.reserve_bytes);
         match (self.below_reserve, below_reserve) {
             (None, Some(free)) => log::warn!(
-                "the disk has {free} bytes left, below the reserve of {FREE_BYTES_RESERVE}: refusing PUT until there is \
-                 more"
+                "the disk has {free} bytes left, below the reserve of {}: refusing PUT until there is more",
+                self.reserve_bytes
             ),
             (Some(_), None) => log::info!("the disk has {free} bytes left: taking PUT again"),
             _ => {}

@@ -190,7 +190,7 @@ impl Inode {
         }
         for (number, states) in std::mem::take(&mut self.dirty) {
             if let Some((_, sector)) = states.last() {
-                self.durable.sectors.insert(number, Box::new(*sector));
+                **self.durable.sectors.entry(number).or_insert_with(|| Box::new([0; SECTOR_BYTES])) = *sector;
             }
         }
         self.lengths.clear();
@@ -268,20 +268,24 @@ enum NameChange {
 }
 
 impl NameChange {
-    fn apply(&self, names: &mut BTreeMap<String, Inumber>) {
+    /// Makes the change; the file whose name is gone by that.
+    fn apply(&self, names: &mut BTreeMap<String, Inumber>) -> Option<Inumber> {
         match self {
-            NameChange::Link { name, inode } => {
-                names.insert(name.clone(), *inode);
-            }
+            NameChange::Link { name, inode } => names.insert(name.clone(), *inode),
             NameChange::Rename { from, to, inode } => {
                 if names.get(from) == Some(inode) {
                     names.remove(from);
                 }
-                names.insert(to.clone(), *inode);
+                names.insert(to.clone(), *inode)
             }
-            NameChange::Unlink { name } => {
-                names.remove(name);
-            }
+            NameChange::Unlink { name } => names.remove(name),
+        }
+    }
+
+    fn speaks_of(&self, number: Inumber) -> bool {
+        match self {
+            NameChange::Link { inode, .. } | NameChange::Rename { inode, .. } => *inode == number,
+            NameChange::Unlink { .. } => false,
         }
     }
 }
@@ -338,7 +342,7 @@ impl State {
     }
 
     fn change_name(&mut self, change: NameChange) {
-        change.apply(&mut self.names);
+        let _ = change.apply(&mut self.names);
         self.name_changes.push((self.counts.changes, change));
     }
 
@@ -349,24 +353,47 @@ impl State {
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no file '{name}'")))
     }
 
+    /// The sum of all lengths.
+    fn used(&self) -> u64 {
+        self.names.values().filter_map(|inode| self.inodes.get(inode)).map(|inode| inode.current.len).sum()
+    }
+
+    /// The bytes that still fit.
+    fn free(&self) -> u64 {
+        self.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(self.used()))
+    }
+
     /// Fails if `bytes` more do not fit.
     fn allocate(&self, bytes: u64) -> io::Result<()> {
-        let used: u64 = self.names.values().filter_map(|inode| self.inodes.get(inode)).map(|i| i.current.len).sum();
-        match self.capacity {
-            Some(capacity) if used + bytes > capacity => Err(io::Error::from_raw_os_error(ENOSPC)),
-            _ => Ok(()),
+        match bytes > self.free() {
+            true => Err(io::Error::from_raw_os_error(ENOSPC)),
+            false => Ok(()),
         }
     }
 
-    /// Forgets files that nobody can reach, now or after a crash.
-    fn collect(&mut self) {
-        if !self.name_changes.is_empty() {
-            return;
+    /// Makes all changes of names durable.
+    fn sync_names(&mut self) {
+        for (_, change) in std::mem::take(&mut self.name_changes) {
+            if let Some(nameless) = change.apply(&mut self.durable_names) {
+                self.forget_if_unreachable(nameless);
+            }
         }
-        let (names, durable) = (&self.names, &self.durable_names);
-        self.inodes.retain(|number, inode| {
-            inode.handles > 0 || names.values().chain(durable.values()).any(|named| named == number)
-        });
+    }
+
+    /// Forgets a file if nobody can reach it, now or after a crash.
+    fn forget_if_unreachable(&mut self, number: Inumber) {
+        let is_named = |names: &BTreeMap<String, Inumber>| names.values().any(|named| *named == number);
+        let is_open = self.inodes.get(&number).is_some_and(|inode| inode.handles > 0);
+        let may_be_named = self.name_changes.iter().any(|(_, change)| change.speaks_of(number));
+        if !(is_open || may_be_named || is_named(&self.names) || is_named(&self.durable_names)) {
+            self.inodes.remove(&number);
+        }
+    }
+
+    /// Forgets all files that nobody can reach.
+    fn forget_unreachable(&mut self) {
+        let numbers: Vec<Inumber> = self.inodes.keys().copied().collect();
+        numbers.into_iter().for_each(|number| self.forget_if_unreachable(number));
     }
 }
 
@@ -397,7 +424,7 @@ impl MemoryDisk {
         let loss = common.unwrap_or_else(|| Loss::draw(changes, &mut random));
         for (change, name_change) in std::mem::take(&mut state.name_changes) {
             if loss.keeps(change, &mut random) {
-                name_change.apply(&mut state.durable_names);
+                let _ = name_change.apply(&mut state.durable_names);
             }
         }
         state.names = state.durable_names.clone();
@@ -408,7 +435,7 @@ impl MemoryDisk {
         state.life += 1;
         state.faults.clear();
         state.power_ends_at = None;
-        state.collect();
+        state.forget_unreachable();
     }
 
     /// Lets the `nth` operation of this kind from now on fail once (1: the next). `None` counts every operation that
@@ -435,9 +462,14 @@ impl MemoryDisk {
         state.power_ends_at = None;
     }
 
-    /// Limits the sum of all lengths; beyond it there is ENOSPC.
+    /// Limits the sum of all lengths; beyond it there is ENOSPC, and of a write only the sectors that fit are done.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.state().capacity = bytes;
+    }
+
+    /// The sum of all lengths.
+    pub fn used_bytes(&self) -> u64 {
+        self.state().used()
     }
 
     /// How many operations there have been.
@@ -565,16 +597,12 @@ impl Disk for MemoryDisk {
     fn sync_directory(&self) -> io::Result<()> {
         let mut state = self.state();
         state.begin(Operation::SyncDirectory)?;
-        state.durable_names = state.names.clone();
-        state.name_changes.clear();
-        state.collect();
+        state.sync_names();
         Ok(())
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
-        let state = self.state();
-        let used: u64 = state.names.values().filter_map(|inode| state.inodes.get(inode)).map(|i| i.current.len).sum();
-        Ok(state.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(used)))
+        Ok(self.state().free())
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -628,9 +656,16 @@ impl DiskFile for MemoryFile {
             let half = (offset + bytes.len() as u64 / 2) / SECTOR_BYTES as u64 * SECTOR_BYTES as u64;
             let written = if failure.is_some() { &bytes[..half.saturating_sub(offset) as usize] } else { bytes };
             let len = inode(state, self.inode)?.current.len;
-            state.allocate((offset + written.len() as u64).saturating_sub(len))?;
+            let room_to = len.saturating_add(state.free());
+            let fitting = (room_to / SECTOR_BYTES as u64 * SECTOR_BYTES as u64).saturating_sub(offset) as usize;
+            let is_full = offset + written.len() as u64 > room_to;
+            let written = if is_full { &written[..fitting.min(written.len())] } else { written };
             inode(state, self.inode)?.write(change, written, offset);
-            failure.map_or(Ok(()), |_| Err(io::Error::from_raw_os_error(EIO)))
+            match (is_full, failure) {
+                (true, _) => Err(io::Error::from_raw_os_error(ENOSPC)),
+                (false, Some(_)) => Err(io::Error::from_raw_os_error(EIO)),
+                (false, None) => Ok(()),
+            }
         })
     }
 
@@ -666,7 +701,7 @@ impl Drop for MemoryFile {
         if let Some(inode) = state.inodes.get_mut(&self.inode) {
             inode.handles = inode.handles.saturating_sub(1);
         }
-        state.collect();
+        state.forget_if_unreachable(self.inode);
     }
 }
 

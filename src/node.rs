@@ -39,13 +39,13 @@ use slog::Drain;
 
 use crate::acquaintances::Acquaintances;
 use crate::api::{self, Api};
-use crate::applier::{Applier, Done};
+use crate::applier::{Applier, Done, SNAPSHOT_RETRY_INTERVAL, SnapshotSchedule};
 use crate::config::{Address, Config};
 use crate::data_dir::{self, Beginning, OpenOptions, SnapshotFiles};
 use crate::disk::{Disk, OsDisk};
 use crate::driver::{
-    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, Offences, Progress, Room, ToApplier,
-    ToSnapshotter,
+    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, FREE_BYTES_RESERVE, Offences, Progress,
+    Room, ToApplier, ToSnapshotter,
 };
 use crate::gentle_disk::GentleDisk;
 use crate::http::{self, EventLoop, Mailbox};
@@ -69,10 +69,6 @@ use crate::watch::Watchers;
 
 /// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
 pub const CAPTURES_MAX: usize = 1;
-
-/// How long after a snapshot that could not be written the next attempt is made: the disk is mostly full then, and what
-/// is full stays so for a while.
-pub const SNAPSHOT_RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The snapshotter's niceness, from 0, as for others, to 19: against one busy thread it gets a tenth of a processor.
 const SNAPSHOTTER_NICENESS: i32 = 10;
@@ -103,15 +99,9 @@ pub struct ApplierThread {
     /// Ways into the event loops whose connections wait for answers.
     mailboxes: Vec<Arc<Mailbox<Reply>>>,
     progress: Progress,
-    snapshot_count: u64,
-    /// The applied index of the newest snapshot, written or on its way.
-    captured: u64,
-    /// The applied index from which on a snapshot is due.
-    snapshot_at: u64,
+    schedule: SnapshotSchedule,
     /// Set by the snapshotter when it has failed.
     snapshot_failed: Arc<AtomicBool>,
-    /// When a snapshot is due because the last one failed, whatever is applied until then.
-    retry_at: Option<Instant>,
 }
 
 impl ApplierThread {
@@ -135,7 +125,7 @@ impl ApplierThread {
                     }
                 }
                 // Taken again before anything more is applied, it would be the same.
-                Ok(ToApplier::SnapshotWanted) if self.captured == self.applier.applied_index() => {}
+                Ok(ToApplier::SnapshotWanted) if self.schedule.has(self.applier.applied_index()) => {}
                 Ok(ToApplier::SnapshotWanted) => self.capture(None),
                 Ok(ToApplier::Snapshot(reply)) => self.capture(Some(reply)),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -182,31 +172,24 @@ impl ApplierThread {
     /// A snapshot from the leader is loaded: it is as good as one of this node's own, and the log names it.
     fn restored(&mut self, index: u64) {
         log::info!("restored the snapshot of index {index}");
-        self.captured = index;
-        self.snapshot_at = index.saturating_add(self.snapshot_count);
+        self.schedule.restored(index);
         // Full, the order comes again behind the next snapshot.
         drop(self.snapshotter.try_send(ToSnapshotter::RemoveOlder(index)));
     }
 
     fn is_snapshot_due(&mut self) -> bool {
+        let now = Instant::now();
         if self.snapshot_failed.swap(false, Ordering::Relaxed) {
-            self.retry_at = Some(Instant::now() + SNAPSHOT_RETRY_INTERVAL);
+            self.schedule.failed(now);
         }
-        match self.retry_at {
-            Some(at) => Instant::now() >= at,
-            None => self.applier.applied_index() >= self.snapshot_at,
-        }
+        self.schedule.is_due(self.applier.applied_index(), now)
     }
 
     /// Takes a snapshot of this moment, unless one is still being written.
     fn capture(&mut self, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) {
         let capture = Box::new(self.applier.capture());
         match self.snapshotter.try_send(ToSnapshotter::Write(capture, reply)) {
-            Ok(()) => {
-                self.captured = self.applier.applied_index();
-                self.snapshot_at = self.captured.saturating_add(self.snapshot_count);
-                self.retry_at = None;
-            }
+            Ok(()) => self.schedule.captured(self.applier.applied_index()),
             Err(TrySendError::Full(ToSnapshotter::Write(_, Some(reply)))) => {
                 drop(reply.try_send(Err(Refusal::Overloaded("another snapshot is being written"))));
             }
@@ -596,7 +579,7 @@ impl Node {
             false => None,
         };
         let opened = open_data_dir(&config, &disk, contacts.as_ref().map(|(cluster, _)| *cluster))?;
-        let data_dir::Opened { identity, boot, log, state, membership, snapshot_index } = opened;
+        let data_dir::Opened { identity, boot, earlier_boots, log, state, membership, snapshot_index } = opened;
         log::info!(
             "node {} of cluster {} starts for the {}th time with the snapshot of index {snapshot_index} and the log up to {}",
             config.id,
@@ -609,6 +592,7 @@ impl Node {
             id: config.id,
             directory: identity.directory,
             boot,
+            earlier_boots: earlier_boots.into(),
             url: config.url.to_string(),
         };
         let core = RaftCore::open(
@@ -639,7 +623,7 @@ impl Node {
 
         let event_loops = event_loops()?;
         let snapshot_failed = Arc::new(AtomicBool::new(false));
-        let room = Room::new(disk.clone(), publication.clone(), config.max_store_bytes);
+        let room = Room::new(disk.clone(), publication.clone(), config.max_store_bytes, FREE_BYTES_RESERVE);
         let backend = NodeBackend {
             events: events_tx.clone(),
             applier: applier_tx.clone(),
@@ -658,11 +642,8 @@ impl Node {
             watchers: watchers.clone(),
             mailboxes: event_loops.iter().map(EventLoop::mailbox).collect(),
             progress: applier_progress,
-            snapshot_count: config.snapshot_count,
-            captured: snapshot_index,
-            snapshot_at: snapshot_index.saturating_add(config.snapshot_count),
+            schedule: SnapshotSchedule::new(config.snapshot_count, snapshot_index),
             snapshot_failed: snapshot_failed.clone(),
-            retry_at: None,
         };
         let snapshotter =
             SnapshotterThread { orders, files: gentle_files, events: events_tx.clone(), failed: snapshot_failed };
@@ -793,7 +774,8 @@ fn find_cluster(
     exits: &Receiver<ThreadExit>,
 ) -> Result<Option<(ClusterId, Membership)>, NodeError> {
     let is_new = data_dir::is_new(disk, config.id).map_err(|error| NodeError(error.to_string()))?;
-    let me = NodeIdentity { cluster: None, id: config.id, directory: 0, boot: 0, url: config.url.to_string() };
+    let (url, earlier_boots) = (config.url.to_string(), [].into());
+    let me = NodeIdentity { cluster: None, id: config.id, directory: 0, boot: 0, earlier_boots, url };
     let hello = Hello::new(&me, 0, &LogPosition::default());
     let by = Instant::now() + JOIN_TIMEOUT;
     loop {

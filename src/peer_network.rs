@@ -75,11 +75,7 @@ impl PeerNetwork {
             let event = match report {
                 // What was queued while there was no connection may be lost.
                 PeerReport::Connected { peer, .. } | PeerReport::Unreachable { peer, .. } => Event::Unreachable(peer),
-                PeerReport::Refused { peer, refusal: HelloRefusal::Removed, .. } => Event::Removed(peer),
-                PeerReport::Refused { peer, refusal, .. } => match refusal {
-                    HelloRefusal::OtherDirectory | HelloRefusal::OlderCopy => Event::Disowned(peer, refusal),
-                    _ => Event::Unreachable(peer),
-                },
+                PeerReport::Refused { peer, refusal, .. } => refused(peer, refusal),
             };
             // Only hints, and repeated: a full queue means that the driver has more important news to digest.
             drop(events.try_send(event));
@@ -160,10 +156,43 @@ impl Read for FileReader {
     }
 }
 
+/// Decides whether node `me`, with this membership, takes what a peer sends that introduces itself so. If it does, it
+/// remembers the peer's data directory, durably, when this returns.
+///
+/// # Errors
+/// The refusal, for the peer.
+pub fn admit(
+    hello: &Hello,
+    me: &NodeIdentity,
+    promises: Promises,
+    membership: &Membership,
+    acquaintances: &mut Acquaintances,
+) -> Result<HelloAnswer, HelloRefusal> {
+    let protocol = hello.check(me)?;
+    if membership.removed.contains(&hello.from) {
+        return Err(removal(me.id, membership));
+    }
+    // Who only asks for the cluster's id sends nothing that has to be trusted.
+    if hello.cluster.is_some() {
+        acquaintances.meet(hello, promises, membership)?;
+    }
+    let NodeIdentity { cluster, id, directory, boot, .. } = me.clone();
+    Ok(HelloAnswer { protocol, cluster, id, directory, boot, members: Some(membership.encode()) })
+}
+
+/// What it means for a node that `peer` refuses it.
+pub fn refused(peer: NodeId, refusal: HelloRefusal) -> Event {
+    match refusal {
+        HelloRefusal::Removed => Event::Removed(peer),
+        HelloRefusal::OtherDirectory | HelloRefusal::OlderCopy => Event::Disowned(peer, refusal),
+        _ => Event::Unreachable(peer),
+    }
+}
+
 /// What a removed node is told by node `me`. Only a voter tells it the truth, which ends it: the voters may not know yet
 /// that the change is committed, and need the votes of those who leave until they do; a node that does not vote can't
 /// teach them.
-pub fn removal(me: NodeId, membership: &Membership) -> HelloRefusal {
+fn removal(me: NodeId, membership: &Membership) -> HelloRefusal {
     match membership.conf_state.voters.contains(&me) {
         true => HelloRefusal::Removed,
         false => HelloRefusal::NotReady("only a voter tells who was removed".to_owned()),
@@ -215,17 +244,11 @@ impl Network for PeerNetwork {
         promises: Promises,
         membership: &Membership,
     ) -> Result<HelloAnswer, HelloRefusal> {
-        let protocol = hello.check(&self.me)?;
-        if membership.removed.contains(&hello.from) {
-            return Err(removal(self.me.id, membership));
-        }
-        // Who only asks for the cluster's id sends nothing that has to be trusted.
+        let answer = admit(hello, &self.me, promises, membership, &mut self.acquaintances)?;
         if hello.cluster.is_some() {
-            self.acquaintances.meet(hello, promises, membership)?;
             self.answer_stranger(hello, membership);
         }
-        let NodeIdentity { cluster, id, directory, boot, .. } = self.me.clone();
-        Ok(HelloAnswer { protocol, cluster, id, directory, boot, members: Some(membership.encode()) })
+        Ok(answer)
     }
 
     fn directory(&self, member: NodeId) -> Option<u128> {

@@ -23,6 +23,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{self, Read};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
@@ -57,7 +58,8 @@ pub const HELLO_HEADER: &str = "raftexample-hello";
 /// Carries the [`SnapshotHeader`].
 pub const SNAPSHOT_HEADER: &str = "raftexample-snapshot";
 
-/// The longest hello, as body or header. The URL is its only long part, see [`URL_BYTES_MAX`].
+/// The longest hello, as body or header. Its long parts are the URL, see [`URL_BYTES_MAX`], and the earlier boots, see
+/// [`crate::data_dir::EARLIER_BOOTS_MAX`].
 pub const HELLO_BYTES_MAX: usize = 4096;
 
 /// The longest answer to a hello or to a stream: it may hold a membership of thousands of members.
@@ -135,6 +137,8 @@ pub struct NodeIdentity {
     pub directory: u128,
     /// Its boot, as in [`RequestId`].
     pub boot: u64,
+    /// The boots before, the latest first, as far as its data directory remembers them.
+    pub earlier_boots: Arc<[u64]>,
     /// Its own peer URL.
     pub url: String,
 }
@@ -173,6 +177,9 @@ pub struct Hello {
     pub directory: u128,
     /// The sender's boot.
     pub boot: u64,
+    /// The sender's boots before, the latest first, as far as it remembers them.
+    #[serde(default)]
+    pub earlier_boots: Vec<u64>,
     /// The sender's Raft term.
     pub term: u64,
     /// The last index of the sender's log.
@@ -192,10 +199,19 @@ impl Hello {
             to,
             directory: me.directory,
             boot: me.boot,
+            earlier_boots: me.earlier_boots.to_vec(),
             term: position.term.load(Ordering::Relaxed),
             last_index: position.last_index.load(Ordering::Relaxed),
             url: me.url.clone(),
         }
+    }
+
+    /// Whether the sender's data directory can be the one that showed `boot`, continued: it was started more often since,
+    /// and that start is among the earlier ones, if those reach back so far.
+    pub fn continues(&self, boot: u64) -> bool {
+        let count = |boot: u64| boot >> 32;
+        let later = self.earlier_boots.iter().take_while(|earlier| count(**earlier) > count(boot)).count();
+        count(self.boot) > count(boot) && self.earlier_boots.get(later).is_none_or(|earlier| *earlier == boot)
     }
 
     /// JSON on one line of visible ASCII, so that it fits a header as well as a body.
@@ -1417,7 +1433,15 @@ mod tests {
 
     fn identity(id: NodeId, cluster: Option<[u8; 16]>) -> NodeIdentity {
         let url = format!("http://127.0.0.1:{id}");
-        NodeIdentity { cluster: cluster.map(ClusterId), id, directory: u128::MAX - 1, boot: u64::MAX, url }
+        let earlier_boots = Arc::new([u64::MAX; crate::data_dir::EARLIER_BOOTS_MAX]);
+        NodeIdentity {
+            cluster: cluster.map(ClusterId),
+            id,
+            directory: u128::MAX - 1,
+            boot: u64::MAX,
+            earlier_boots,
+            url,
+        }
     }
 
     #[test]

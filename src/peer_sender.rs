@@ -666,7 +666,7 @@ mod tests {
 
     fn identity() -> NodeIdentity {
         let url = "http://127.0.0.1:1".to_owned();
-        NodeIdentity { cluster: Some(ClusterId([7; 16])), id: 1, directory: 1, boot: 1, url }
+        NodeIdentity { cluster: Some(ClusterId([7; 16])), id: 1, directory: 1, boot: 1, earlier_boots: [].into(), url }
     }
 
     /// Answers one hello with `answer`, whatever it says, and returns what the sender makes of it.

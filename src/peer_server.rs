@@ -459,7 +459,8 @@ mod tests {
     }
 
     fn identity(id: NodeId, url: String) -> NodeIdentity {
-        NodeIdentity { cluster: Some(ClusterId([7; 16])), id, directory: u128::from(id), boot: 5, url }
+        let (cluster, earlier_boots) = (Some(ClusterId([7; 16])), [].into());
+        NodeIdentity { cluster, id, directory: u128::from(id), boot: 5, earlier_boots, url }
     }
 
     struct Server {

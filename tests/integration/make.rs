@@ -33,6 +33,7 @@ fn help_names_all_targets() {
         "bench-etcd",
         "bench-drift",
         "test",
+        "sim",
         "check",
     ];
     let lines = targets.map(|target| format!("make {target} "));

@@ -1,5 +1,6 @@
 //! Clients: each does one thing at a time, on any node, and is told what became of it, or not.
 
+use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -97,8 +98,13 @@ impl Client {
     }
 
     /// What it is doing, for the trace.
-    pub fn doing(&self) -> String {
-        self.busy.as_ref().map_or_else(String::new, |busy| format!("{:?} of {}", busy.call, busy.key))
+    pub fn doing(&self) -> impl fmt::Display + '_ {
+        fmt::from_fn(|f| self.busy.as_ref().map_or(Ok(()), |busy| write!(f, "{:?} of {}", busy.call, busy.key)))
+    }
+
+    /// Whether it wants to add something, and not to read or to remove.
+    pub fn puts(&self) -> bool {
+        self.busy.as_ref().is_some_and(|busy| matches!(busy.call, Call::Put(_) | Call::PutIf(..)))
     }
 
     /// A write has ended. Answers whether the client goes on to something else.

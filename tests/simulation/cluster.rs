@@ -1,16 +1,20 @@
 //! A cluster, its clients, and what befalls them.
 
-use std::collections::BTreeMap;
+mod changes;
+mod faults;
+mod healing;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use raft::eraftpb::{Message, MessageType};
 use raftexample::applier::Done;
-use raftexample::driver::REMOVAL_CONFIRMATION_TIMEOUT;
+use raftexample::driver::{self, REMOVAL_CONFIRMATION_TIMEOUT};
 use raftexample::membership::{Membership, NodeId};
-use raftexample::memory_disk::{Failure, Operation};
-use raftexample::message::AdminRequest;
+use raftexample::message::{AdminRequest, Refusal, WriteReply};
 use raftexample::message_check::Offence;
+use raftexample::peer_network;
 use raftexample::peer_protocol::{Hello, HelloRefusal, PeerMessage};
 use raftexample::raft_core::CoreError;
 use raftexample::replica::{Answer, Replica};
@@ -19,7 +23,7 @@ use crate::clients::{Client, Request};
 use crate::events::Events;
 use crate::invariants::{Checked, Invariants};
 use crate::network::{Network, Weather};
-use crate::node::{self, Effect, Machine, Process, Settings, SimulatedHost, Waiter};
+use crate::node::{self, Described, Effect, Machine, Met, Process, Settings, SimulatedHost, Waiter};
 use crate::random::Random;
 use crate::register::History;
 use crate::seeds::surviving;
@@ -34,6 +38,15 @@ const REQUEST_TIMEOUT: Duration = ms(3000);
 
 /// How long a client waits for an answer.
 const CLIENT_TIMEOUT: Duration = ms(4000);
+
+/// How a node says that its disk is full.
+const NO_SPACE: &str = "No space left on device";
+
+/// How a node says that it found out by itself that its data directory is not the one that it had.
+const LOST_LOG: &str = "this node lost part of its log";
+
+/// How often a node tries again to make a connection, in ticks.
+const HELLO_TICKS: u64 = 3;
 
 /// One in so many answers does not reach its client.
 const ANSWERS_LOST: u64 = 200;
@@ -95,6 +108,8 @@ pub enum Event {
     GiveUp(Waiter),
     Start(NodeId),
     PowerLoss(NodeId, u64),
+    /// There is room on the disk again.
+    RoomMade(NodeId),
     Fault,
     /// Somebody wants to change the cluster.
     Change,
@@ -120,6 +135,7 @@ impl Event {
             | Event::GiveUp(_)
             | Event::Start(_)
             | Event::PowerLoss(..)
+            | Event::RoomMade(_)
             | Event::Fault
             | Event::Change => None,
         }
@@ -135,6 +151,23 @@ enum Death {
     PowerLoss,
 }
 
+/// What becomes of a minority when a majority is healed, for good. The majority must serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Minority {
+    /// It is healed too.
+    Healed,
+    /// It stays as it is.
+    AsItIs,
+    /// It is dead.
+    Dead,
+    /// It hears the others, and nobody hears it.
+    Mute,
+    /// The others hear it, and it hears nobody.
+    Deaf,
+    /// Each of it has links to one healed node, and to nobody else.
+    Bridged,
+}
+
 /// What kind of run it is.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -144,8 +177,8 @@ pub struct Scenario {
     pub clients: usize,
     /// How long things go wrong.
     pub chaos: Duration,
-    /// Whether a minority stays as broken as it is when the rest is healed.
-    pub leaves_minority_broken: bool,
+    /// What becomes of a minority when the rest is healed.
+    pub minority: Minority,
     /// Machines that can join, numbered behind the founders.
     pub spares: u64,
 }
@@ -163,7 +196,16 @@ pub struct Tally {
     pub snapshots_installed: u64,
     pub changes: u64,
     pub changes_done: u64,
+    pub transfers_done: u64,
     pub retired: u64,
+    pub directories_lost: u64,
+    pub disowned: u64,
+    pub lost_members_replaced: u64,
+    pub beyond_repair: u64,
+    pub disks_full: u64,
+    pub deaths_of_full_disks: u64,
+    pub puts_refused_as_full: u64,
+    pub snapshots_failed: u64,
 }
 
 impl Tally {
@@ -179,7 +221,16 @@ impl Tally {
         self.snapshots_installed += other.snapshots_installed;
         self.changes += other.changes;
         self.changes_done += other.changes_done;
+        self.transfers_done += other.transfers_done;
         self.retired += other.retired;
+        self.directories_lost += other.directories_lost;
+        self.disowned += other.disowned;
+        self.lost_members_replaced += other.lost_members_replaced;
+        self.beyond_repair += other.beyond_repair;
+        self.disks_full += other.disks_full;
+        self.deaths_of_full_disks += other.deaths_of_full_disks;
+        self.puts_refused_as_full += other.puts_refused_as_full;
+        self.snapshots_failed += other.snapshots_failed;
     }
 }
 
@@ -197,6 +248,12 @@ pub struct World<'t> {
     history: History,
     next_value: u64,
     invariants: Invariants,
+    /// The latest run of a peer (second) that a node (first) has met, and remembers on its disk.
+    met: BTreeMap<(NodeId, NodeId), Met>,
+    /// The voters of every configuration that there ever was: of a joint one both halves.
+    configurations: BTreeSet<Vec<NodeId>>,
+    /// Whether data directories are lost in this run: few are, so that most runs have all their nodes to the end.
+    loses_directories: bool,
     random: Random,
     trace: &'t mut Trace,
     tally: Tally,
@@ -208,6 +265,8 @@ pub struct World<'t> {
     changes: Vec<AdminRequest>,
     /// Attempts that failed since the count began.
     attempts_failed: u64,
+    /// Lost members that were removed when all was healed, and who takes their place.
+    to_replace: BTreeMap<NodeId, Option<NodeId>>,
 }
 
 /// Runs a scenario from a seed.
@@ -218,13 +277,16 @@ pub fn run(scenario: &Scenario, seed: u64, trace: &mut Trace) -> Result<Tally, S
     }
     (0..scenario.clients).for_each(|client| world.events.plan(Duration::ZERO, Event::Act(client)));
     world.events.plan(ms(500), Event::Fault);
-    if scenario.spares > 0 {
-        world.events.plan(ms(1000), Event::Change);
-    }
+    world.events.plan(ms(1000), Event::Change);
     world.run_for(scenario.chaos)?;
     world.heal()?;
     world.run_for(world.settings.election_time() * 6 + CLIENT_TIMEOUT)?;
-    world.check_service()?;
+    if world.is_beyond_repair() {
+        world.tally.beyond_repair += 1;
+    } else {
+        world.replace_lost_members()?;
+        world.check_service()?;
+    }
     world.finish()?;
     Ok(world.tally)
 }
@@ -239,7 +301,7 @@ impl<'t> World<'t> {
         let machines = machines.collect();
         let network = Network::new(weather.clone(), random.fork());
         let clients = (0..scenario.clients).map(|number| Client::new(number, random.fork())).collect();
-        trace.note(Duration::ZERO, format_args!("{settings:?} {weather:?}"));
+        trace.note(Duration::ZERO, format_args!("{scenario:?} {settings:?} {weather:?}"));
         World {
             scenario: scenario.clone(),
             settings,
@@ -252,6 +314,9 @@ impl<'t> World<'t> {
             history: History::default(),
             next_value: 0,
             invariants: Invariants::default(),
+            met: BTreeMap::new(),
+            configurations: [ids.clone()].into(),
+            loses_directories: random.one_in(3),
             random,
             trace,
             tally: Tally::default(),
@@ -260,6 +325,7 @@ impl<'t> World<'t> {
             clients_act: true,
             changes: Vec::new(),
             attempts_failed: 0,
+            to_replace: BTreeMap::new(),
         }
     }
 
@@ -294,14 +360,14 @@ impl<'t> World<'t> {
             Event::Apply(id, _) => self.apply(id),
             Event::Arrive { hello, run, to, message } => self.arrive(&hello, run, to, message),
             Event::Introduce { hello, run } => {
-                self.meets(&hello, run, hello.to);
+                self.meets(&hello, run, hello.to)?;
                 Ok(())
             }
             Event::Retire(id, _) => {
                 self.retires(id, "nobody has confirmed its removal for long");
                 Ok(())
             }
-            Event::Refused { node, peer, refusal, .. } => self.refused(node, peer, &refusal),
+            Event::Refused { node, run, peer, refusal } => self.refused(node, run, peer, refusal),
             Event::Unreachable { node, peer, .. } => self.input(node, |replica, _| {
                 replica.unreachable(peer);
                 Ok(())
@@ -341,6 +407,10 @@ impl<'t> World<'t> {
                 }
                 Ok(())
             }
+            Event::RoomMade(id) => {
+                self.makes_room(id);
+                Ok(())
+            }
             Event::Fault => self.fault(),
             Event::Change => self.change(),
         }
@@ -356,6 +426,10 @@ impl<'t> World<'t> {
         id: NodeId,
         call: impl FnOnce(&mut Replica<Waiter>, &mut SimulatedHost<'_>) -> Result<(), CoreError>,
     ) -> Checked {
+        let now = self.events.now();
+        if let Some(process) = self.process(id) {
+            process.look_for_room(now);
+        }
         self.call(id, call)?;
         let delay = Duration::from_micros(self.random.below(300));
         if let Some(process) = self.process(id)
@@ -392,11 +466,18 @@ impl<'t> World<'t> {
         }
     }
 
-    /// A node has ended by itself: it may, if its disk fails.
+    /// A node has ended by itself: it may, if its disk fails or is full, or was replaced by another one.
     fn ended(&mut self, id: NodeId, reason: &str) -> Checked {
-        if !self.machines[&id].disk_is_faulty {
+        let machine = &self.machines[&id];
+        if machine.is_lost() && reason.contains(LOST_LOG) {
+            self.disowned(id, reason);
+            return Ok(());
+        }
+        let is_full = machine.disk_is_full && reason.contains(NO_SPACE);
+        if !(is_full || machine.disk_is_faulty) || reason.contains(LOST_LOG) {
             return Err(format!("node {id} ended: {reason}"));
         }
+        self.tally.deaths_of_full_disks += u64::from(is_full);
         let death = if self.random.one_in(2) { Death::Kill } else { Death::PowerLoss };
         self.dies(id, death, reason);
         Ok(())
@@ -422,24 +503,29 @@ impl<'t> World<'t> {
         let tick = self.machines[&id].tick;
         self.events.plan(tick, Event::Tick(id, run));
         let Some(process) = self.process(id) else { return Ok(()) };
+        let begins_snapshot = process.begin_snapshot(false, now);
         let clock = process.clock(now);
         self.input(id, |replica, host| {
             replica.tick(clock, host);
             Ok(())
         })?;
+        if begins_snapshot {
+            self.plan_snapshot(id);
+        }
         let Some(process) = self.process(id) else { return Ok(()) };
         process.ticked();
-        if process.retirement_planned {
+        if self.random.one_in(HELLO_TICKS) {
             self.introduces_itself(id);
         }
         Ok(())
     }
 
-    /// A removed node has nothing to say, but its connections are made anew, and each begins with a hello.
+    /// A node opens the connections that it has not got, and says hello. Those of a removed node, which has nothing else
+    /// to say, are made anew.
     fn introduces_itself(&mut self, id: NodeId) {
         let (now, run) = (self.events.now(), self.machines[&id].run);
         let Some(process) = self.process(id) else { return };
-        let hellos: Vec<Hello> = process.peers().map(|to| process.hello(to)).collect();
+        let hellos: Vec<Hello> = process.unconnected().into_iter().map(|to| process.hello(to)).collect();
         for hello in hellos {
             if let Some(&delay) = self.network.send(now, id, hello.to).first() {
                 self.events.plan(delay, Event::Introduce { hello, run });
@@ -454,15 +540,20 @@ impl<'t> World<'t> {
             while replica.process(host)? {}
             Ok(())
         })?;
-        let settings = self.settings.clone();
+        let now = self.events.now();
         let apply_delay = Duration::from_micros(self.random.below(3000));
         let run = self.machines[&id].run;
         let Some(process) = self.process(id) else { return Ok(()) };
-        process.follow_members();
+        let is_reconfigured = process.follow_members();
         let plans_retirement =
             process.replica.core().is_removed() && !std::mem::replace(&mut process.retirement_planned, true);
         let plans_apply = process.has_to_apply() && !std::mem::replace(&mut process.apply_planned, true);
-        let begins_snapshot = process.replica.take_snapshot_wanted() && process.begin_snapshot(true, &settings);
+        let begins_snapshot = process.replica.take_snapshot_wanted() && process.begin_snapshot(true, now);
+        if is_reconfigured {
+            let halves = self.machines[&id].process.as_ref().map(|process| process.voters());
+            self.configurations.extend(halves.into_iter().flatten());
+            self.introduces_itself(id);
+        }
         if plans_retirement {
             self.events.plan(REMOVAL_CONFIRMATION_TIMEOUT, Event::Retire(id, run));
         }
@@ -476,7 +567,7 @@ impl<'t> World<'t> {
     }
 
     fn apply(&mut self, id: NodeId) -> Checked {
-        let settings = self.settings.clone();
+        let now = self.events.now();
         let Some(process) = self.machines.get_mut(&id).and_then(|machine| machine.process.as_mut()) else {
             return Ok(());
         };
@@ -487,7 +578,7 @@ impl<'t> World<'t> {
             Err(Err(violation)) => return Err(violation),
         };
         let version = process.applier.version();
-        let begins_snapshot = process.begin_snapshot(false, &settings);
+        let begins_snapshot = process.begin_snapshot(false, now);
         if process.has_to_apply() {
             process.apply_planned = true;
             let delay = Duration::from_micros(self.random.below(3000));
@@ -509,7 +600,7 @@ impl<'t> World<'t> {
             match done {
                 Done::Write(reply) => {
                     self.trace.note(now, format_args!("client {} of {id}: {reply:?}", waiter.client));
-                    if !matches!(reply, raftexample::message::WriteReply::Applied(_)) {
+                    if !matches!(reply, WriteReply::Applied(_)) {
                         self.attempts_failed += 1;
                     }
                     client.write_ended(&reply, &mut self.history, now)?;
@@ -545,7 +636,22 @@ impl<'t> World<'t> {
         let Some(process) = self.process(id) else { return Ok(()) };
         let Some(capture) = process.capture.take() else { return Ok(()) };
         let files = process.files.clone();
-        let Ok(info) = files.write(&capture) else { return Ok(()) };
+        let info = match files.write(&capture) {
+            Ok(info) => info,
+            Err(error) => {
+                let machine = &self.machines[&id];
+                if !(machine.disk_is_faulty || machine.disk_is_full && error.is_full()) {
+                    return Err(format!("node {id} can't write a snapshot: {error}"));
+                }
+                let now = self.events.now();
+                self.note(format_args!("{id} goes on without the snapshot of {}: {error}", capture.index()));
+                self.tally.snapshots_failed += 1;
+                if let Some(process) = self.process(id) {
+                    process.snapshot_failed(now);
+                }
+                return Ok(());
+            }
+        };
         self.tally.snapshots_written += 1;
         self.note(format_args!("{id} wrote the snapshot of {}", info.index));
         let membership = capture.membership().clone();
@@ -564,7 +670,9 @@ impl<'t> World<'t> {
             Effect::Answer(waiter, answer) => return self.answer(waiter, answer),
             Effect::Offended(from, offence) => {
                 self.note(format_args!("{id} refuses a message of {from}: {offence}"));
-                if !matches!(offence, Offence::Removed(_) | Offence::Stranger(_)) {
+                // Whose directory is lost contradicts others, until it is told to end.
+                let is_lost = [id, from].iter().any(|id| self.machines[id].is_lost());
+                if !(is_lost || matches!(offence, Offence::Removed(_) | Offence::Stranger(_))) {
                     return Err(format!("node {id} refuses a message of node {from}: {offence}"));
                 }
             }
@@ -589,39 +697,81 @@ impl<'t> World<'t> {
     }
 
     /// Whether a node takes what a peer sends over a connection that began with this hello; tells the peer if not.
-    fn meets(&mut self, hello: &Hello, run: u64, to: NodeId) -> bool {
+    fn meets(&mut self, hello: &Hello, run: u64, to: NodeId) -> Result<bool, String> {
         let from = hello.from;
         if !self.network.is_up(from, to) {
-            return false;
+            return Ok(false);
         }
-        let Some(process) = self.process(to) else { return false };
-        let Err(refusal) = process.meet(hello) else { return true };
+        let Some(process) = self.process(to) else { return Ok(false) };
+        let Err(refusal) = process.meet(hello) else {
+            self.has_met(to, from, Met { run, boots: hello.boot >> 32 })?;
+            return Ok(true);
+        };
         self.note(format_args!("{to} refuses {from}: {refusal}"));
         if self.network.is_up(to, from) {
             let delay = ms(self.random.below(20));
             self.events.plan(delay, Event::Refused { node: from, run, peer: to, refusal });
         }
-        false
+        Ok(false)
+    }
+
+    /// A node has taken a hello. It must not, if it knows its sender by the data directory that was lost.
+    fn has_met(&mut self, node: NodeId, peer: NodeId, now: Met) -> Checked {
+        let machine = &self.machines[&peer];
+        let known = self.met.entry((node, peer)).or_insert(now);
+        if machine.is_impostor(now.run) && !machine.is_impostor(known.run) {
+            return Err(format!(
+                "node {node} has met run {} of node {peer}, and takes run {} for it",
+                known.run, now.run
+            ));
+        }
+        if now.run > known.run {
+            *known = now;
+        }
+        if now.run == machine.run
+            && let Some(process) = self.process(peer)
+        {
+            process.is_welcome(node);
+        }
+        Ok(())
     }
 
     fn arrive(&mut self, hello: &Hello, run: u64, to: NodeId, message: PeerMessage) -> Checked {
         let from = hello.from;
-        if !self.meets(hello, run, to) {
+        if !self.meets(hello, run, to)? {
             return Ok(());
         }
-        self.note(format_args!("{from} -> {to}: {}", node::describe(&message)));
+        self.note(format_args!("{from} -> {to}: {}", Described(&message)));
         self.input(to, |replica, host| replica.peer(from, message, host))
     }
 
     /// A peer does not take this node's messages.
-    fn refused(&mut self, id: NodeId, peer: NodeId, refusal: &HelloRefusal) -> Checked {
-        match refusal {
-            HelloRefusal::Removed => self.retires(id, "it is told of its removal"),
+    fn refused(&mut self, id: NodeId, run: u64, peer: NodeId, refusal: HelloRefusal) -> Checked {
+        if self.process(id).is_none() {
+            return Ok(());
+        }
+        match peer_network::refused(peer, refusal.clone()) {
+            driver::Event::Removed(_) => self.retires(id, "it is told of its removal"),
+            driver::Event::Disowned(_, refusal) if self.machines[&id].is_impostor(run) => {
+                self.disowned(id, &format!("{peer} refuses it: {refusal}"));
+            }
             // Its disk fails, and it may end of that.
-            HelloRefusal::NotReady(_) => {}
-            other => return Err(format!("node {peer} refuses node {id}: {other}")),
+            _ if matches!(refusal, HelloRefusal::NotReady(_)) => {}
+            _ => return Err(format!("node {peer} refuses node {id}: {refusal}")),
         }
         Ok(())
+    }
+
+    /// A node ends because its data directory is not the one that it had. Its operator may be slow to understand.
+    fn disowned(&mut self, id: NodeId, reason: &str) {
+        self.note(format_args!("{id} is disowned: {reason}"));
+        self.tally.disowned += 1;
+        self.leaves(id);
+        self.machines[&id].disk.clear_faults();
+        if self.faults && self.random.one_in(2) {
+            let delay = self.random.time(&(ms(10)..ms(4000)));
+            self.events.plan(delay, Event::Start(id));
+        }
     }
 
     /// A node ends because it was removed from the cluster.
@@ -651,7 +801,11 @@ impl<'t> World<'t> {
     /// Does what a node does with a snapshot's file, see the peer inbox of a real one.
     fn snapshot_arrives(&mut self, from: NodeId, run: u64, to: NodeId, announced: &Message, mut file: &[u8]) {
         let metadata = announced.get_snapshot().get_metadata();
-        let received = self.process(to).map(|process| process.files.clone().receive(metadata.index, &mut file));
+        let receive = |process: &mut Process| {
+            process.files.check_room("a snapshot", file.len() as u64)?;
+            process.files.receive(metadata.index, &mut file)
+        };
+        let received = self.process(to).map(receive);
         let (returns, delay) = (self.network.is_up(to, from), ms(1 + self.random.below(20)));
         let delivered = matches!(received, Some(Ok(_))) && returns;
         self.events.plan(delay, Event::SnapshotSent { node: from, run, to, delivered });
@@ -720,6 +874,12 @@ impl<'t> World<'t> {
         match answer {
             Answer::Write(reply) => {
                 self.attempts_failed += 1;
+                if let WriteReply::NotApplied(Refusal::Full(why)) = &reply {
+                    self.tally.puts_refused_as_full += 1;
+                    if !self.clients[waiter.client].puts() {
+                        return Err(format!("client {} may not even delete: {why}", waiter.client));
+                    }
+                }
                 self.clients[waiter.client].write_ended(&reply, &mut self.history, self.events.now())?;
                 self.goes_on(waiter.client);
             }
@@ -748,12 +908,12 @@ impl<'t> World<'t> {
             return Ok(());
         };
         let machine = self.machines.get_mut(&id).expect("machines stay");
-        if machine.process.is_some() || machine.is_removed {
+        if machine.process.is_some() || machine.is_removed || machine.is_dead {
             return Ok(());
         }
         let started = surviving(|| machine.start(&self.founders, contacts, &self.settings, now, &mut self.random));
         if let Err(reason) = started.and_then(|started| started) {
-            if !machine.disk_is_faulty {
+            if !(machine.disk_is_faulty || machine.disk_is_full && reason.contains(NO_SPACE)) {
                 return Err(format!("node {id} can't be started: {reason}"));
             }
             self.dies(id, Death::PowerLoss, &reason);
@@ -814,277 +974,6 @@ impl<'t> World<'t> {
         for client in left {
             self.attempt_failed(client, false);
         }
-    }
-
-    /// Somebody asks a node to change the cluster.
-    fn change(&mut self) -> Checked {
-        if !self.faults {
-            return Ok(());
-        }
-        let pause = self.random.time(&(ms(200)..ms(4000)));
-        self.events.plan(pause, Event::Change);
-        let running: Vec<NodeId> =
-            self.machines.values().filter(|machine| machine.process.is_some()).map(|machine| machine.id).collect();
-        if running.is_empty() {
-            return Ok(());
-        }
-        let node = *self.random.pick(&running);
-        let request = self.draw_change();
-        self.note(format_args!("change {} is asked of {node}: {request:?}", self.changes.len()));
-        self.tally.changes += 1;
-        let waiter = Waiter { client: usize::MAX, attempt: self.changes.len() as u64 };
-        self.changes.push(request.clone());
-        let now = self.events.now();
-        let Some(process) = self.process(node) else { return Ok(()) };
-        let deadline = process.clock(now) + REQUEST_TIMEOUT * 2;
-        self.input(node, |replica, host| {
-            replica.admin(request, deadline, waiter, host);
-            Ok(())
-        })
-    }
-
-    fn draw_change(&mut self) -> AdminRequest {
-        let ids: Vec<NodeId> = self.machines.keys().copied().collect();
-        let id = *self.random.pick(&ids);
-        let request = match self.random.below(8) {
-            0..3 => {
-                let voter = *self.random.pick(&[None, None, Some(true), Some(false)]);
-                AdminRequest::AddMember { id, url: node::url(id), voter }
-            }
-            3 | 4 => AdminRequest::RemoveMember { id },
-            5 => {
-                let mut wanted = ids;
-                self.random.shuffle(&mut wanted);
-                wanted.truncate(1 + self.random.below(4) as usize);
-                let member = |id| (id, node::url(id), !self.random.one_in(4));
-                AdminRequest::ReplaceMembers(wanted.into_iter().map(member).collect())
-            }
-            _ => AdminRequest::TransferLeader { id },
-        };
-        let joining: Vec<NodeId> = match &request {
-            AdminRequest::AddMember { id, .. } => vec![*id],
-            AdminRequest::ReplaceMembers(members) => members.iter().map(|(id, ..)| *id).collect(),
-            AdminRequest::RemoveMember { .. } | AdminRequest::TransferLeader { .. } => Vec::new(),
-        };
-        for id in joining.into_iter().filter(|id| self.machines[id].run == 0) {
-            let delay = ms(self.random.below(2000));
-            self.events.plan(delay, Event::Start(id));
-        }
-        request
-    }
-
-    /// A change is done, says the node that was asked, with this membership.
-    fn changed(&mut self, waiter: Waiter, membership: &Membership) -> Checked {
-        let request = self.changes[waiter.attempt as usize].clone();
-        self.note(format_args!("change {} is done: {:?}", waiter.attempt, membership.conf_state));
-        self.tally.changes_done += 1;
-        let holds = match &request {
-            // It may have been removed, or others added, by a later change that is applied already.
-            AdminRequest::AddMember { id, .. } => {
-                membership.members.contains_key(id) || membership.removed.contains(id)
-            }
-            AdminRequest::RemoveMember { id } => membership.removed.contains(id),
-            AdminRequest::ReplaceMembers(_) | AdminRequest::TransferLeader { .. } => true,
-        };
-        if holds { Ok(()) } else { Err(format!("{request:?} is done, and the membership is {membership:?}")) }
-    }
-
-    /// Something goes wrong, or right again.
-    fn fault(&mut self) -> Checked {
-        if !self.faults {
-            return Ok(());
-        }
-        let pause = self.random.time(&(ms(20)..ms(2000)));
-        self.events.plan(pause, Event::Fault);
-        let ids: Vec<NodeId> = self.machines.keys().copied().collect();
-        let id = *self.random.pick(&ids);
-        match self.random.below(16) {
-            0 => self.running(id, |world| world.dies(id, Death::PowerLoss, "power loss")),
-            1 => self.running(id, |world| world.dies(id, Death::Kill, "kill")),
-            2 if self.random.one_in(3) => {
-                for id in ids {
-                    self.running(id, |world| world.dies(id, Death::PowerLoss, "power loss of all"));
-                }
-            }
-            3 | 4 => self.running(id, |world| world.power_will_end(id)),
-            5 => self.running(id, |world| world.disk_will_fail(id)),
-            6 | 7 if ids.len() > 1 => {
-                let partition = self.network.draw_partition(&ids);
-                self.note(format_args!("partition: {partition}"));
-            }
-            8 | 9 => {
-                self.note(format_args!("all links are mended"));
-                self.network.heal();
-            }
-            10 => {
-                let cuts: Vec<_> = self.network.cuts().collect();
-                if let Some(&(from, to)) = (!cuts.is_empty()).then(|| self.random.pick(&cuts)) {
-                    self.note(format_args!("the link from {from} to {to} is mended"));
-                    self.network.mend(from, to);
-                }
-            }
-            11 => {
-                let weather = Weather::draw(&mut self.random);
-                self.note(format_args!("{weather:?}"));
-                self.network.set_weather(weather);
-            }
-            12 | 13 => {
-                let pause = self.random.time(&(ms(100)..ms(5000)));
-                self.note(format_args!("{id} stands still for {pause:?}"));
-                let until = self.events.now() + pause;
-                self.machines.get_mut(&id).expect("machines stay").paused_until = until;
-            }
-            14 => {
-                self.note(format_args!("{id} hands over, if it leads"));
-                return self.input(id, |replica, _| {
-                    replica.hand_over();
-                    Ok(())
-                });
-            }
-            _ => {
-                let settings = self.settings.clone();
-                if self.process(id).is_some_and(|process| process.begin_snapshot(true, &settings)) {
-                    self.plan_snapshot(id);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn running(&mut self, id: NodeId, happens: impl FnOnce(&mut Self)) {
-        if self.process(id).is_some() {
-            happens(self);
-        }
-    }
-
-    /// The power will end in the middle of something.
-    fn power_will_end(&mut self, id: NodeId) {
-        let nth = 1 + self.random.below(40);
-        self.note(format_args!("the power of {id} ends at change {nth}"));
-        let machine = self.machines.get_mut(&id).expect("machines stay");
-        machine.disk.stop_at(nth);
-        machine.disk_is_faulty = true;
-        let (delay, run) = (ms(self.random.below(3000)), machine.run);
-        self.events.plan(delay, Event::PowerLoss(id, run));
-    }
-
-    fn disk_will_fail(&mut self, id: NodeId) {
-        let nth = 1 + self.random.below(20);
-        let operation =
-            *self.random.pick(&[None, Some(Operation::Sync), Some(Operation::Write), Some(Operation::Sync)]);
-        let failure = *self.random.pick(&[Failure::Error, Failure::Short]);
-        self.note(format_args!("the disk of {id} fails {operation:?} {nth}: {failure:?}"));
-        self.tally.disk_errors += 1;
-        let machine = self.machines.get_mut(&id).expect("machines stay");
-        machine.disk.fail(operation, nth, failure);
-        machine.disk_is_faulty = true;
-    }
-
-    /// Nothing goes wrong any more: of all, or of a majority, while the rest stays as it is.
-    fn heal(&mut self) -> Checked {
-        let there = |machine: &&Machine| machine.run > 0 && !machine.is_removed;
-        let mut ids: Vec<NodeId> = self.machines.values().filter(there).map(|machine| machine.id).collect();
-        self.random.shuffle(&mut ids);
-        let broken = if self.scenario.leaves_minority_broken { (ids.len() - 1) / 2 } else { 0 };
-        let (left, healed) = ids.split_at(broken);
-        let healed = healed.to_vec();
-        self.trace.note(self.events.now(), format_args!("healed: {healed:?}, left: {left:?}"));
-        self.faults = false;
-        self.network.set_weather(Weather::fine());
-        for &from in &healed {
-            for &to in &healed {
-                self.network.mend(from, to);
-            }
-        }
-        if broken == 0 {
-            self.network.heal();
-        }
-        for &id in &healed {
-            let machine = self.machines.get_mut(&id).expect("machines stay");
-            machine.paused_until = Duration::ZERO;
-            if machine.process.is_some() && machine.disk_is_faulty {
-                self.dies(id, Death::PowerLoss, "its disk is replaced");
-            }
-            self.start(id)?;
-        }
-        self.served = healed;
-        Ok(())
-    }
-
-    /// With nothing going wrong, everything that clients ask is done.
-    ///
-    /// Where a minority stays broken, a healed node may still be cut off from a leader that the others hear, in one
-    /// direction or both: its pre-votes are rightly refused for as long as that one leads, and Raft has no remedy. The
-    /// others must serve.
-    fn check_service(&mut self) -> Checked {
-        if self.scenario.leaves_minority_broken {
-            let (machines, network) = (&self.machines, &self.network);
-            let follows = |id: &NodeId| {
-                let leader = machines[id].process.as_ref().map_or(0, |process| process.replica.core().leader());
-                leader != 0 && network.is_up(*id, leader) && network.is_up(leader, *id)
-            };
-            self.served.retain(follows);
-            if self.served.is_empty() {
-                return Err("no node of a healed majority reaches a leader".to_owned());
-            }
-            self.run_for(CLIENT_TIMEOUT)?;
-        }
-        if self.scenario.spares > 0 {
-            self.serve_members()?;
-        }
-        let (called, answered) = self.history.counts();
-        self.attempts_failed = 0;
-        self.run_for(ms(3000))?;
-        let (called_now, answered_now) = self.history.counts();
-        if self.attempts_failed > 0 || answered_now - answered < self.scenario.clients {
-            return Err(format!(
-                "of {} requests to a healed cluster {} were answered, and {} attempts failed",
-                called_now - called,
-                answered_now - answered,
-                self.attempts_failed
-            ));
-        }
-        Ok(())
-    }
-
-    /// From now on clients ask the members there are; all of them must be running, and no change half done.
-    fn serve_members(&mut self) -> Checked {
-        let processes = self.machines.values().filter_map(|machine| machine.process.as_ref());
-        let newest = processes.max_by_key(|process| process.replica.core().handed_out());
-        let membership = newest.ok_or("no node runs")?.replica.core().membership().clone();
-        self.note(format_args!("the members are {:?}", membership.conf_state));
-        if membership.is_joint() {
-            return Err(format!("the configuration stays joint: {:?}", membership.conf_state));
-        }
-        self.served = membership.members.keys().copied().collect();
-        let lost = self.served.iter().find(|id| self.machines[id].process.is_none());
-        if let Some(id) = lost {
-            return Err(format!("member {id} does not run"));
-        }
-        self.run_for(CLIENT_TIMEOUT)
-    }
-
-    /// All healed nodes come to the same, and clients have seen one copy of each key.
-    fn finish(&mut self) -> Checked {
-        self.clients_act = false;
-        self.run_for(CLIENT_TIMEOUT + ms(1000))?;
-        let mut ends = Vec::new();
-        for id in self.served.clone() {
-            let process = self.machines[&id].process.as_ref().ok_or(format!("node {id} does not run"))?;
-            process.check_log(&mut self.invariants)?;
-            let digest = raftexample::snapshot::digest(&process.applier.capture());
-            ends.push((process.applier.applied_index(), digest));
-        }
-        if ends.iter().any(|end| *end != ends[0]) {
-            let indexes: Vec<u64> = ends.iter().map(|(index, _)| *index).collect();
-            return Err(format!("healed nodes end apart, having applied {indexes:?}"));
-        }
-        if ends[0].0 != self.invariants.committed() {
-            return Err(format!("{} was handed out, and {} applied", self.invariants.committed(), ends[0].0));
-        }
-        (self.tally.calls, self.tally.answered) = self.history.counts();
-        (self.tally.terms, self.tally.committed) = (self.invariants.terms(), self.invariants.committed());
-        self.history.check()
     }
 }
 

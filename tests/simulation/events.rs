@@ -1,19 +1,24 @@
 //! Virtual time: it stands still while something happens, and jumps to what happens next.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::time::Duration;
 
 /// What is going to happen, by time, and at one time in the order in which it was planned.
 pub struct Events<E> {
     now: Duration,
-    planned: BTreeMap<(Duration, u64), E>,
+    /// Time, number of the plan, and place in `planned`: the heap moves these, and not the events, which are large.
+    times: BinaryHeap<Reverse<(Duration, u64, usize)>>,
+    planned: Vec<Option<E>>,
+    /// Places in `planned` that are free.
+    free: Vec<usize>,
     sequence: u64,
 }
 
 impl<E> Events<E> {
     /// Nothing is planned, and it is zero o'clock.
     pub fn new() -> Events<E> {
-        Events { now: Duration::ZERO, planned: BTreeMap::new(), sequence: 0 }
+        Events { now: Duration::ZERO, times: BinaryHeap::new(), planned: Vec::new(), free: Vec::new(), sequence: 0 }
     }
 
     /// The time of the event that happens now.
@@ -24,14 +29,20 @@ impl<E> Events<E> {
     /// Plans an event for `delay` from now.
     pub fn plan(&mut self, delay: Duration, event: E) {
         self.sequence += 1;
-        self.planned.insert((self.now + delay, self.sequence), event);
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.planned.push(None);
+            self.planned.len() - 1
+        });
+        self.planned[place] = Some(event);
+        self.times.push(Reverse((self.now + delay, self.sequence, place)));
     }
 
     /// The next event; its time is now.
     pub fn next(&mut self) -> Option<E> {
-        let ((time, _), event) = self.planned.pop_first()?;
+        let Reverse((time, _, place)) = self.times.pop()?;
         self.now = time;
-        Some(event)
+        self.free.push(place);
+        self.planned[place].take()
     }
 }
 

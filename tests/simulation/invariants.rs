@@ -148,6 +148,15 @@ impl Invariants {
         Ok(())
     }
 
+    /// A node's data directory is lost, and with it all that it promised. Whoever comes back under its id is another
+    /// one, whose promises nobody may count on.
+    pub fn forgets(&mut self, node: NodeId) {
+        self.spoken.remove(&node);
+        self.acknowledged.remove(&node);
+        self.shown.remove(&node);
+        self.votes.retain(|(voter, _), _| *voter != node);
+    }
+
     /// A node sends this: it votes once in a term, and entries are the same wherever they are.
     pub fn sends(&mut self, message: &Message) -> Checked {
         let Message { from, to, term, .. } = *message;

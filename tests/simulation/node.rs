@@ -5,19 +5,22 @@
 //! while all goes on.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use raft::eraftpb::{Message, MessageType};
 use raftexample::acquaintances::Acquaintances;
-use raftexample::applier::{Applier, Done};
+use raftexample::applier::{Applier, Done, SnapshotSchedule};
 use raftexample::data_dir::{self, Beginning, OpenOptions, SnapshotFiles};
 use raftexample::disk::Disk;
+use raftexample::driver::Room;
 use raftexample::membership::{ClusterId, Membership, NodeId};
 use raftexample::memory_disk::MemoryDisk;
 use raftexample::message_check::Offence;
-use raftexample::peer_network::removal;
+use raftexample::peer_network::admit;
 use raftexample::peer_protocol::{Hello, HelloRefusal, LogPosition, NodeIdentity, PeerMessage};
+use raftexample::publication::Publication;
 use raftexample::raft_core::{CoreOptions, RaftCore};
 use raftexample::raft_log::LogOptions;
 use raftexample::replica::{Answer, Apply, Host, Replica};
@@ -44,20 +47,25 @@ pub struct Settings {
     pub snapshot_count: u64,
     pub catchup_entries: u64,
     pub log: LogOptions,
+    /// Free bytes of the disk below which PUTs are refused.
+    pub reserve_bytes: u64,
 }
 
 impl Settings {
     /// Small snapshots and segments, so that much happens in little time.
     pub fn draw(random: &mut Random) -> Settings {
+        let log = LogOptions {
+            segment_bytes: *random.pick(&[4 << 10, 16 << 10, 256 << 10]),
+            cache_bytes: *random.pick(&[0, 2 << 10, 1 << 20]),
+        };
         Settings {
             heartbeat: Duration::from_millis(100),
             election_ticks: 5 + random.below(8) as usize,
-            snapshot_count: *random.pick(&[3, 20, 100, 1000]),
+            snapshot_count: if random.one_in(2) { 1 + random.below(5) } else { *random.pick(&[20, 100, 1000]) },
             catchup_entries: *random.pick(&[0, 5, 100]),
-            log: LogOptions {
-                segment_bytes: *random.pick(&[4 << 10, 16 << 10, 256 << 10]),
-                cache_bytes: *random.pick(&[0, 2 << 10, 1 << 20]),
-            },
+            log,
+            // In the proportion of the real one: two segments, and some.
+            reserve_bytes: 2 * log.segment_bytes + (16 << 10),
         }
     }
 
@@ -168,8 +176,16 @@ pub struct Process {
     /// Whom to talk to before this node has a membership.
     contacts: Membership,
     peers: BTreeSet<NodeId>,
+    /// The membership and the number of nodes met that `peers` follow from.
+    followed: Option<(Arc<Membership>, usize)>,
+    /// Who has taken its hello.
+    connected: BTreeSet<NodeId>,
     transfers: BTreeSet<NodeId>,
-    snapshot_at: u64,
+    /// The real time at which it was made: what takes an [`Instant`] is given this one plus virtual time.
+    epoch: Instant,
+    schedule: SnapshotSchedule,
+    room: Room,
+    publication: Arc<Publication>,
     /// A snapshot that is being written.
     pub capture: Option<Capture>,
     pub turn_planned: bool,
@@ -197,6 +213,23 @@ pub struct Machine {
     pub paused_until: Duration,
     /// Whether its node found that it was removed from the cluster: it never comes back.
     pub is_removed: bool,
+    /// Whether it stays down, whatever is planned.
+    pub is_dead: bool,
+    /// Whether its disk is full for a while, so that the node may end of it.
+    pub disk_is_full: bool,
+    /// How often a node was founded or continued here, as the boot counter on its disk says.
+    pub boots: u64,
+    /// What somebody once copied of its data directory, and the boot counter in it.
+    pub copy: Option<(u64, MemoryDisk)>,
+    /// Its data directory was lost after this run: wiped, or replaced by the copy. Later runs are impostors.
+    pub lost_after: Option<u64>,
+}
+
+/// One run of a node, as others know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Met {
+    pub run: u64,
+    pub boots: u64,
 }
 
 impl Machine {
@@ -211,7 +244,36 @@ impl Machine {
             disk_is_faulty: false,
             paused_until: Duration::ZERO,
             is_removed: false,
+            is_dead: false,
+            disk_is_full: false,
+            boots: 0,
+            copy: None,
+            lost_after: None,
         }
+    }
+
+    /// Whether its data directory is not the one that it made its promises with.
+    pub fn is_lost(&self) -> bool {
+        self.lost_after.is_some()
+    }
+
+    /// Whether what this run says is said without the data directory that it made its promises with.
+    pub fn is_impostor(&self, run: u64) -> bool {
+        self.lost_after.is_some_and(|last| run > last)
+    }
+
+    /// Takes a copy of the data directory as it is.
+    pub fn copy(&mut self) {
+        let copy = self.disk.fork();
+        copy.set_capacity(None);
+        self.copy = Some((self.boots, copy));
+    }
+
+    /// Replaces the data directory by another one, under the same id.
+    pub fn lose(&mut self, disk: MemoryDisk) {
+        assert!(self.process.is_none(), "a directory is replaced while no node uses it");
+        (self.disk, self.disk_is_full) = (disk, false);
+        self.lost_after = Some(self.run);
     }
 
     /// Starts a node on the disk as it is. One that is no founder is told of members by its `contacts`.
@@ -237,6 +299,7 @@ impl Machine {
             log: settings.log,
         };
         let opened = data_dir::open(&disk, &options).map_err(|error| error.to_string())?;
+        self.boots = opened.boot >> 32;
         let options = CoreOptions {
             id: self.id,
             election_ticks: settings.election_ticks,
@@ -251,17 +314,22 @@ impl Machine {
             id: self.id,
             directory: opened.identity.directory,
             boot: opened.boot,
+            earlier_boots: opened.earlier_boots.into(),
             url: url(self.id),
         };
         let position = LogPosition::default();
         position.set(core.term(), core.last_index());
         let acquaintances = Acquaintances::open(disk.clone()).map_err(|error| error.to_string())?;
         let applier = Applier::new(opened.state, opened.membership.clone());
+        let publication = Arc::new(Publication::new(applier.version()));
         let mut process = Process {
             id: self.id,
             started: now,
             replica: Replica::new(core, opened.boot, settings.election_ticks),
-            snapshot_at: applier.applied_index() + settings.snapshot_count,
+            epoch: Instant::now(),
+            schedule: SnapshotSchedule::new(settings.snapshot_count, opened.snapshot_index),
+            room: Room::new(disk.clone(), publication.clone(), u64::MAX, settings.reserve_bytes),
+            publication,
             applier,
             files: SnapshotFiles::new(disk, CLUSTER),
             queue: VecDeque::new(),
@@ -271,6 +339,8 @@ impl Machine {
             met: BTreeSet::new(),
             contacts,
             peers: BTreeSet::new(),
+            followed: None,
+            connected: BTreeSet::new(),
             transfers: BTreeSet::new(),
             capture: None,
             turn_planned: false,
@@ -278,16 +348,32 @@ impl Machine {
             retirement_planned: false,
             random: random.fork(),
         };
-        process.follow_members();
+        let _ = process.follow_members();
         self.process = Some(process);
         Ok(())
     }
 }
 
 impl Process {
+    /// The voters of its configuration; of a joint one both halves.
+    pub fn voters(&self) -> [Vec<NodeId>; 2] {
+        let conf_state = &self.replica.core().membership().conf_state;
+        [conf_state.voters.clone(), conf_state.voters_outgoing.clone()]
+    }
+
     /// The time as the node sees it.
     pub fn clock(&self, now: Duration) -> Duration {
         now - self.started
+    }
+
+    fn instant(&self, now: Duration) -> Instant {
+        self.epoch + self.clock(now)
+    }
+
+    /// Looks whether PUTs are to be refused, as the driver does in each turn.
+    pub fn look_for_room(&mut self, now: Duration) {
+        let now = self.instant(now);
+        self.replica.set_full(self.room.full(now));
     }
 
     /// What the invariants look at.
@@ -323,14 +409,20 @@ impl Process {
         (result, host.checked)
     }
 
-    /// Opens connections to whom the membership now names, as the driver does after a turn.
-    pub fn follow_members(&mut self) {
+    /// Opens connections to whom the membership now names, as the driver does after a turn. Whether anything is new.
+    pub fn follow_members(&mut self) -> bool {
         let membership = self.replica.core().membership();
+        let followed = (membership.clone(), self.met.len());
+        if self.followed.as_ref().is_some_and(|(known, met)| Arc::ptr_eq(known, membership) && *met == followed.1) {
+            return false;
+        }
         let known = if membership.members.is_empty() { &self.contacts } else { &**membership };
         // Who has introduced itself can be answered, also where its admission is not known yet: a leader that gets no
         // answer sends nothing that would make it known.
         let met = self.met.iter().map(|(id, _)| *id).filter(|id| !membership.removed.contains(id));
         self.peers = known.members.keys().copied().chain(met).filter(|id| *id != self.id).collect();
+        self.followed = Some(followed);
+        true
     }
 
     /// What the driver does with every tick, beside the replica's.
@@ -342,9 +434,15 @@ impl Process {
         self.position.set(core.term(), core.last_index());
     }
 
-    /// Whom it has connections to.
-    pub fn peers(&self) -> impl Iterator<Item = NodeId> + '_ {
-        self.peers.iter().copied()
+    /// Those whom it wants a connection to, and has none, or makes it anew.
+    pub fn unconnected(&self) -> Vec<NodeId> {
+        let is_wanted = |id: &NodeId| self.retirement_planned || !self.connected.contains(id);
+        self.peers.iter().copied().filter(is_wanted).collect()
+    }
+
+    /// A peer has taken this run's hello.
+    pub fn is_welcome(&mut self, peer: NodeId) {
+        self.connected.insert(peer);
     }
 
     /// What it says first on a connection.
@@ -355,14 +453,12 @@ impl Process {
     /// Decides whether to take messages of a peer that introduces itself, on a new connection or on one it has.
     pub fn meet(&mut self, hello: &Hello) -> Result<(), HelloRefusal> {
         let membership = self.replica.core().membership();
-        if membership.removed.contains(&hello.from) {
-            return Err(removal(self.id, membership));
-        }
-        if self.met.contains(&(hello.from, hello.boot)) && !self.random.one_in(RECONNECTS) {
+        let is_connected = self.met.contains(&(hello.from, hello.boot)) && !membership.removed.contains(&hello.from);
+        if is_connected && !self.random.one_in(RECONNECTS) {
             return Ok(());
         }
         let promises = self.replica.promises(hello.from);
-        self.acquaintances.meet(hello, promises, self.replica.core().membership())?;
+        admit(hello, &self.me, promises, membership, &mut self.acquaintances)?;
         self.met.insert((hello.from, hello.boot));
         Ok(())
     }
@@ -382,24 +478,44 @@ impl Process {
         let mut done = Vec::new();
         let batch = 1 + self.random.below(self.queue.len() as u64) as usize;
         for apply in self.queue.drain(..batch) {
+            if let Apply::Restore { index, .. } = &apply {
+                self.schedule.restored(*index);
+            }
             let files = &self.files;
             let mut load = |index| files.load(index).map(|(state, _)| state).map_err(|error| error.to_string());
             self.applier.apply(apply, &mut load, &mut done).map_err(|error| Ok(error.to_string()))?;
             let (index, digest) = (self.applier.applied_index(), digest(&self.applier));
             invariants.applied(self.id, index, digest).map_err(Err)?;
         }
+        self.publication.publish(self.applier.version());
         Ok(done)
     }
 
-    /// Whether a snapshot is due; begins it if so.
-    pub fn begin_snapshot(&mut self, wanted: bool, settings: &Settings) -> bool {
+    /// Begins a snapshot if one is due, or if it is `wanted` and would not be the same as the newest. Whether it does.
+    pub fn begin_snapshot(&mut self, wanted: bool, now: Duration) -> bool {
         let applied = self.applier.applied_index();
-        if self.capture.is_some() || !(wanted || applied >= self.snapshot_at) {
+        let is_due = self.schedule.is_due(applied, self.instant(now)) || (wanted && !self.schedule.has(applied));
+        if self.capture.is_some() || !is_due {
             return false;
         }
-        self.snapshot_at = applied + settings.snapshot_count;
+        self.schedule.captured(applied);
         self.capture = Some(self.applier.capture());
         true
+    }
+
+    /// The snapshot that was begun could not be written.
+    pub fn snapshot_failed(&mut self, now: Duration) {
+        let now = self.instant(now);
+        self.schedule.failed(now);
+    }
+
+    /// With nothing going wrong for long, the newest snapshot is not older than the settings say.
+    pub fn check_snapshots(&self, settings: &Settings) -> Checked {
+        let (applied, newest) = (self.applier.applied_index(), self.replica.core().snapshot_index());
+        if applied < newest + settings.snapshot_count {
+            return Ok(());
+        }
+        Err(format!("node {} has applied index {applied}, and its newest snapshot is of {newest}", self.id))
     }
 
     /// Compares the whole log with what others have.
@@ -427,27 +543,31 @@ fn digest(applier: &Applier) -> u64 {
 }
 
 /// A message in one line.
-pub fn describe(message: &PeerMessage) -> String {
-    match message {
-        PeerMessage::Raft(message) => describe_raft(message),
-        PeerMessage::Forward(writes) => format!("forward of {} writes", writes.len()),
-        PeerMessage::ForwardRefused { ids, reason } => format!("refusal of {} writes: {reason:?}", ids.len()),
-        other => format!("{other:?}"),
+pub struct Described<'a>(pub &'a PeerMessage);
+
+impl fmt::Display for Described<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            PeerMessage::Raft(message) => describe(message, f),
+            PeerMessage::Forward(writes) => write!(f, "forward of {} writes", writes.len()),
+            PeerMessage::ForwardRefused { ids, reason } => write!(f, "refusal of {} writes: {reason:?}", ids.len()),
+            other => write!(f, "{other:?}"),
+        }
     }
 }
 
-fn describe_raft(message: &Message) -> String {
+fn describe(message: &Message, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let Message { term, index, log_term, commit, reject, reject_hint, .. } = *message;
     let kind = format!("{:?}", message.msg_type);
     let kind = kind.trim_start_matches("Msg");
     match message.msg_type {
         MessageType::MsgAppend => {
             let count = message.entries.len();
-            format!("{kind} t{term} {count} entries behind {index}/{log_term}, commit {commit}")
+            write!(f, "{kind} t{term} {count} entries behind {index}/{log_term}, commit {commit}")
         }
-        MessageType::MsgHeartbeat | MessageType::MsgHeartbeatResponse => format!("{kind} t{term} commit {commit}"),
-        _ if reject => format!("{kind} t{term} rejects {index}, hint {reject_hint}/{log_term}"),
-        _ => format!("{kind} t{term} {index}/{log_term} commit {commit}"),
+        MessageType::MsgHeartbeat | MessageType::MsgHeartbeatResponse => write!(f, "{kind} t{term} commit {commit}"),
+        _ if reject => write!(f, "{kind} t{term} rejects {index}, hint {reject_hint}/{log_term}"),
+        _ => write!(f, "{kind} t{term} {index}/{log_term} commit {commit}"),
     }
 }
 

@@ -1,4 +1,7 @@
 //! What happened in a run: its last lines are shown when it fails, and all of them make a fingerprint.
+//!
+//! Most runs go well, and nobody looks at them: they write nothing. One that has failed is run again, to write it all
+//! down.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -8,27 +11,52 @@ use std::time::Duration;
 /// Lines that are kept for a failure.
 const LINES_KEPT: usize = 300;
 
+/// What becomes of the lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    Nothing,
+    Keep,
+    Print,
+}
+
 /// Records a run.
 pub struct Trace {
     lines: VecDeque<String>,
     count: u64,
     fingerprint: DefaultHasher,
-    prints_all: bool,
+    used: Use,
 }
 
 impl Trace {
-    /// Keeps the last lines, or prints all of them as they come.
-    pub fn new(prints_all: bool) -> Trace {
+    fn new(used: Use) -> Trace {
         // The default hasher has fixed keys, other than that of a hash map.
-        Trace { lines: VecDeque::new(), count: 0, fingerprint: DefaultHasher::new(), prints_all }
+        Trace { lines: VecDeque::new(), count: 0, fingerprint: DefaultHasher::new(), used }
+    }
+
+    /// Records nothing: the fingerprint is that of an empty run.
+    pub fn off() -> Trace {
+        Trace::new(Use::Nothing)
+    }
+
+    /// Keeps the last lines.
+    pub fn kept() -> Trace {
+        Trace::new(Use::Keep)
+    }
+
+    /// Keeps the last lines, and prints all of them as they come.
+    pub fn printed() -> Trace {
+        Trace::new(Use::Print)
     }
 
     /// Notes what happens at a time.
     pub fn note(&mut self, time: Duration, what: fmt::Arguments<'_>) {
+        if self.used == Use::Nothing {
+            return;
+        }
         let line = format!("{:>12.6} {what}", time.as_secs_f64());
         self.fingerprint.write(line.as_bytes());
         self.count += 1;
-        if self.prints_all {
+        if self.used == Use::Print {
             println!("{line}");
         }
         if self.lines.len() == LINES_KEPT {
@@ -60,7 +88,7 @@ mod tests {
     #[test]
     fn the_last_lines_are_kept_and_all_of_them_count() {
         let run = |last: u64| {
-            let mut trace = Trace::new(false);
+            let mut trace = Trace::kept();
             (0..999).for_each(|n| trace.note(Duration::from_millis(n), format_args!("event {n}")));
             trace.note(Duration::from_secs(1), format_args!("event {last}"));
             trace
