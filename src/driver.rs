@@ -36,8 +36,9 @@ pub const EVENTS_MAX: usize = 8 * 1024;
 pub const EVENTS_PER_TURN_MAX: usize = 1024;
 
 /// Batches on their way to the applier. When it is full the driver waits: that is what slows clients down to the
-/// speed of the state machine. Each holds what one turn hands out: usually one or two Readies, and when a long log is
-/// read back at a start as many as [`crate::replica::Replica::process`] works off in one call.
+/// speed of the state machine. Each holds what one turn hands out: usually a few entries, and when a long log is read
+/// back at a start up to [`HANDED_OUT_BYTES_MAX`](crate::replica::HANDED_OUT_BYTES_MAX). With the batch that is being
+/// applied and the one that the driver holds while it waits, ten of these are in memory at most.
 pub const APPLY_BATCHES_MAX: usize = 8;
 
 /// A thread that makes no progress for so long is reported by `/_/livez`.

@@ -52,7 +52,8 @@ pub const APPENDS_IN_FLIGHT_MAX: usize = 48;
 /// proposed again at the next tick until their deadline. Above four of the largest values a request can carry.
 pub const UNCOMMITTED_BYTES_MAX: u64 = 128 << 20;
 
-/// Bytes of committed entries that one Ready hands out: bounds what lies between driver and applier.
+/// Bytes of committed entries that raft hands out at once: about one of the largest values a request can carry, and
+/// far more than an ordinary turn commits. A Ready has them twice, before and behind its own entries are written.
 pub const COMMITTED_BYTES_MAX: u64 = 16 << 20;
 
 /// Readies that one call of [`RaftCore::process_ready`] works off: usually there are one or two.
@@ -403,20 +404,23 @@ impl RaftCore {
 
     /// Persists what raft has made of all calls since the last one, and puts out what is left to do.
     ///
-    /// While [`Self::has_ready`], there is more: a caller that waits for an event first would lose time. One call hands
-    /// out no more than [`READIES_MAX`] times [`COMMITTED_BYTES_MAX`], so that a long log that is read back at a start
-    /// does not come all at once. An error ends the node: nothing that depends on the failed write has left it.
-    pub fn process_ready(&mut self, output: &mut impl Output) -> Result<(), CoreError> {
+    /// While [`Self::has_ready`], there is more: a caller that waits for an event first would lose time. One call stops
+    /// at the first Ready that brings what it has handed out to [`COMMITTED_BYTES_MAX`], so that a long log that is read
+    /// back at a start does not come all at once: it hands out below three times that. Returns these bytes. An error
+    /// ends the node: nothing that depends on the failed write has left it.
+    pub fn process_ready(&mut self, output: &mut impl Output) -> Result<u64, CoreError> {
+        let mut bytes = 0;
         for _ in 0..READIES_MAX {
-            if !self.has_ready() {
+            if bytes >= COMMITTED_BYTES_MAX || !self.has_ready() {
                 break;
             }
-            self.process_one(output)?;
+            bytes += self.process_one(output)?;
         }
-        Ok(())
+        Ok(bytes)
     }
 
-    fn process_one(&mut self, output: &mut impl Output) -> Result<(), CoreError> {
+    /// Works off one Ready; the bytes of the entries that it handed out.
+    fn process_one(&mut self, output: &mut impl Output) -> Result<u64, CoreError> {
         let mut ready = self.raw.ready();
         // A single voter becomes leader within one Ready: the term that its messages speak of is not written yet.
         let promises = ready.hs().is_some_and(|new| (new.term, new.vote) != (self.written.term, self.written.vote));
@@ -444,13 +448,15 @@ impl RaftCore {
         committed.append(&mut light.take_committed_entries());
         // Configuration entries are applied only now: a leader that learns of its own removal would panic in
         // `advance_append`.
+        let mut bytes = 0;
         for entry in committed {
+            bytes += (entry.data.len() + entry.context.len()) as u64;
             self.handed_out = entry.index;
             self.hand_out(entry, output)?;
         }
         self.raw.advance_apply_to(self.handed_out);
         self.draw_election_timeout();
-        Ok(())
+        Ok(bytes)
     }
 
     /// Writes a Ready in one batch; returns the index of the snapshot that it installed.

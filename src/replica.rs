@@ -39,7 +39,7 @@ use crate::membership::{Membership, NodeId};
 use crate::message::{AdminReply, AdminRequest, MemberProgress, Refusal, Status, WriteReply};
 use crate::message_check::Offence;
 use crate::peer_protocol::{ForwardRefusal, ForwardedWrite, PeerMessage};
-use crate::raft_core::{Committed, CoreError, Output, RaftCore};
+use crate::raft_core::{COMMITTED_BYTES_MAX, Committed, CoreError, Output, RaftCore};
 
 /// Writes that wait on this node, at most; one more is refused with 503. More than there are client connections, so
 /// it is reached only by a mistake of ours.
@@ -61,8 +61,13 @@ pub const HELD_BACK_ENTRIES_MAX: u64 = 10_000;
 /// Election timeouts for which they are kept once the snapshot has arrived: loading it takes a while.
 const RESTORING_ELECTION_TIMEOUTS: u64 = 10;
 
-/// Rounds of [`Replica::process`] without a new event: bounds what one call hands to the applier.
+/// Rounds of [`Replica::process`] without a new event: a tick must not wait for long.
 const ROUNDS_MAX: usize = 8;
+
+/// Bytes of entries that one call of [`Replica::process`] hands to the applier: it stops once [`COMMITTED_BYTES_MAX`]
+/// have come together, and the last call of [`RaftCore::process_ready`] hands out below three times that. Only keys
+/// beside values of the largest size can add their length.
+pub const HANDED_OUT_BYTES_MAX: u64 = 4 * COMMITTED_BYTES_MAX;
 
 /// Ticks after which a read round without an answer is given up for a new one.
 pub const READ_ROUND_TICKS: u64 = 2;
@@ -573,8 +578,10 @@ impl<W> Replica<W> {
     /// Does everything that all calls since the last one have made possible. An error ends the node.
     ///
     /// Many writes taken before one call share one proposal, one batch in the log and one sync.
-    /// When it returns true there is more to do, and it should be called again before waiting for an event.
+    /// When it returns true there is more to do, and it should be called again before waiting for an event. One call
+    /// hands out no more than [`HANDED_OUT_BYTES_MAX`].
     pub fn process(&mut self, host: &mut impl Host<W>) -> Result<bool, CoreError> {
+        let mut bytes = 0;
         for _ in 0..ROUNDS_MAX {
             let before = self.core.handed_out();
             self.follow();
@@ -582,7 +589,7 @@ impl<W> Replica<W> {
             self.ask_read_index();
             let around = surroundings!(self);
             self.administration.process(&mut self.core, &around, host);
-            self.process_ready(host)?;
+            bytes += self.process_ready(host)?;
             self.release_reads(host);
             if self.core.is_removed() {
                 // The others take nothing from here any more: whoever still waits hears so, and whoever comes later
@@ -592,8 +599,13 @@ impl<W> Replica<W> {
             let changed = self.followed != (self.core.leader(), self.core.term());
             // A request that changes the cluster may be done, or go on, with what was just handed out.
             let reconfigured = !self.administration.is_idle() && before != self.core.handed_out();
-            if !(changed || reconfigured || self.core.has_ready() || self.wants_read_index()) {
+            let has_ready = self.core.has_ready();
+            if !(changed || reconfigured || has_ready || self.wants_read_index()) {
                 return Ok(false);
+            }
+            // The applier should have what there is, rather than all there will be at once.
+            if has_ready || bytes >= COMMITTED_BYTES_MAX {
+                return Ok(true);
             }
         }
         Ok(true)
@@ -711,7 +723,8 @@ impl<W> Replica<W> {
         self.core.read_index(context.encode());
     }
 
-    fn process_ready(&mut self, host: &mut impl Host<W>) -> Result<(), CoreError> {
+    /// Returns the bytes of entries that were handed out.
+    fn process_ready(&mut self, host: &mut impl Host<W>) -> Result<u64, CoreError> {
         let id = self.core.id();
         let (writes, reads) = (&mut self.writes, &mut self.reads);
         let mut output = ReplicaOutput {
@@ -724,7 +737,7 @@ impl<W> Replica<W> {
             snapshots_not_begun: Vec::new(),
             unreachable: Vec::new(),
         };
-        self.core.process_ready(&mut output)?;
+        let bytes = self.core.process_ready(&mut output)?;
         let ReplicaOutput { snapshots_not_begun, unreachable, .. } = output;
         for to in unreachable {
             self.core.report_unreachable(to);
@@ -733,7 +746,7 @@ impl<W> Replica<W> {
         for to in snapshots_not_begun {
             self.core.report_snapshot(to, false);
         }
-        Ok(())
+        Ok(bytes)
     }
 
     /// Lets confirmed reads through whose index has been handed out: the applier answers them behind it.
@@ -898,13 +911,15 @@ impl<W, H: Host<W>> Output for ReplicaOutput<'_, W, H> {
 
 #[cfg(test)]
 mod tests {
+    use raft::eraftpb::Entry;
+
     use super::*;
     use crate::command::Condition;
     use crate::disk::Disk;
     use crate::membership::ClusterId;
     use crate::memory_disk::MemoryDisk;
     use crate::raft_core::{CoreOptions, FOUNDING_INDEX, FOUNDING_TERM};
-    use crate::raft_log::{LogIdentity, LogOptions, Marker, RaftLog};
+    use crate::raft_log::{Batch, LogIdentity, LogOptions, Marker, RaftLog};
 
     const ELECTION_TICKS: usize = 10;
 
@@ -913,6 +928,7 @@ mod tests {
     struct Kept {
         sent: Vec<(NodeId, PeerMessage)>,
         answers: Vec<(u32, Answer)>,
+        applied: Vec<Apply<u32>>,
     }
 
     impl Host<u32> for Kept {
@@ -925,7 +941,9 @@ mod tests {
             false
         }
 
-        fn apply(&mut self, _apply: Apply<u32>) {}
+        fn apply(&mut self, apply: Apply<u32>) {
+            self.applied.push(apply);
+        }
 
         fn answer(&mut self, waiter: u32, answer: Answer) {
             self.answers.push((waiter, answer));
@@ -948,12 +966,21 @@ mod tests {
     }
 
     fn replica(id: NodeId, members: u64) -> Replica<u32> {
+        replica_with(id, members, &[])
+    }
+
+    /// A replica that starts with these entries in its log, all of them committed.
+    fn replica_with(id: NodeId, members: u64, entries: &[Entry]) -> Replica<u32> {
         let membership = Membership::founding((1..=members).map(|id| (id, format!("http://127.0.0.1:1238{id}"))));
         let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
         let identity = LogIdentity { cluster: ClusterId([1; 16]), node: id, directory: 1 };
         let marker = Marker { index: FOUNDING_INDEX, term: FOUNDING_TERM, conf_state: membership.conf_state.clone() };
         let hard_state = raft::eraftpb::HardState { term: FOUNDING_TERM, commit: FOUNDING_INDEX, ..Default::default() };
-        let log = RaftLog::create(disk, identity, LogOptions::default(), marker, hard_state).unwrap();
+        let mut log = RaftLog::create(disk, identity, LogOptions::default(), marker, hard_state).unwrap();
+        if let Some(last) = entries.last() {
+            let hard_state = raft::eraftpb::HardState { term: last.term, commit: last.index, ..Default::default() };
+            log.write(&Batch { marker: None, entries, hard_state: Some(&hard_state) }, true).unwrap();
+        }
         let options = CoreOptions {
             id,
             election_ticks: ELECTION_TICKS,
@@ -991,6 +1018,40 @@ mod tests {
     }
 
     const LATER: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_long_log_that_is_read_back_at_a_start_is_handed_out_in_bounded_pieces() {
+        // More than twice what one call may hand out.
+        const ENTRIES: u64 = 3 * HANDED_OUT_BYTES_MAX >> 20;
+        let value = Bytes::from(vec![7; 1 << 20]);
+        let put = Command::Put { key: Bytes::from_static(b"key"), value, condition: Condition::default(), token: None };
+        let data = Bytes::from(put.encode());
+        let entries: Vec<Entry> = (1..=ENTRIES)
+            .map(|sequence| {
+                let context = Bytes::copy_from_slice(&RequestId { node: 2, boot: 1, sequence }.encode());
+                let index = FOUNDING_INDEX + sequence;
+                Entry { index, term: FOUNDING_TERM, context, data: data.clone(), ..Entry::default() }
+            })
+            .collect();
+        let mut replica = replica_with(1, 3, &entries);
+        drop(entries);
+        let (mut kept, mut calls) = (Kept::default(), 0);
+        loop {
+            let more = replica.process(&mut kept).unwrap();
+            let bytes = kept.applied.drain(..).map(|apply| match apply {
+                Apply::Command { command, .. } => command.len() as u64,
+                _ => 0,
+            });
+            let bytes: u64 = bytes.sum();
+            assert!(bytes <= HANDED_OUT_BYTES_MAX, "{bytes} bytes in one call");
+            calls += 1;
+            if !more {
+                break;
+            }
+        }
+        assert_eq!(replica.core().handed_out(), FOUNDING_INDEX + ENTRIES);
+        assert!(calls > 3, "{calls} calls");
+    }
 
     #[test]
     fn a_full_node_refuses_puts_of_its_clients_and_takes_deletes() {
