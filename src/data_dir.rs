@@ -365,6 +365,16 @@ fn read_full(file: &dyn DiskFile, buffer: &mut [u8], offset: u64) -> io::Result<
     Ok(got)
 }
 
+/// A snapshot that a peer has sent: in place, durable, and read.
+pub struct Received {
+    /// The state that it holds.
+    pub state: StateMachine,
+    /// The membership that it holds.
+    pub membership: Arc<Membership>,
+    /// Its index and size.
+    pub info: SnapshotInfo,
+}
+
 /// The snapshot files of one data directory.
 #[derive(Clone)]
 pub struct SnapshotFiles {
@@ -416,8 +426,8 @@ impl SnapshotFiles {
         Err(DataError::Io { what: format!("write {name}"), source })
     }
 
-    /// Stores the snapshot of `index` that a peer sends, checks every byte of it, and puts it in place only then.
-    pub fn receive(&self, index: u64, body: &mut dyn Read) -> Result<(Arc<Membership>, SnapshotInfo), DataError> {
+    /// Stores the snapshot of `index` that a peer sends, reads it back, and puts it in place only then.
+    pub fn receive(&self, index: u64, body: &mut dyn Read) -> Result<Received, DataError> {
         let name = Self::name(index);
         let temporary = format!("{name}.received{TEMPORARY}");
         fail_point("receive-before");
@@ -425,13 +435,13 @@ impl SnapshotFiles {
             let mut pieces = ReceivedPieces(body);
             io::copy(&mut pieces, file).map(drop)
         })?;
-        match self.verify(&temporary, index) {
-            Ok(membership) => {
+        match self.load_from(&temporary, index) {
+            Ok((state, membership)) => {
                 fail_point("receive-verified");
                 self.rename(&temporary, &name)?;
                 self.sync_name(&name)?;
                 fail_point("receive-in-place");
-                Ok((Arc::new(membership), SnapshotInfo { index, bytes }))
+                Ok(Received { state, membership, info: SnapshotInfo { index, bytes } })
             }
             Err(error) => {
                 remove_if_there(&*self.disk, &temporary).map_err(io_error(format!("remove {temporary}")))?;
@@ -466,16 +476,6 @@ impl SnapshotFiles {
         self.disk.sync_directory().map_err(io_error(format!("sync the directory of {name}")))
     }
 
-    /// Reads a received snapshot and checks every block of it; the membership that it holds.
-    fn verify(&self, name: &str, index: u64) -> Result<Membership, DataError> {
-        let file = self.disk.open(name).map_err(io_error(format!("open the snapshot {name}")))?;
-        let mut source = FileSource { file: &*file, offset: 0, buffer: Vec::new(), position: 0 };
-        let verified = snapshot::verify(&mut source);
-        let (header, membership, _) = verified.map_err(|error| unusable(name, &error))?;
-        self.check_header(name, &header, index)?;
-        Ok(membership)
-    }
-
     fn check_header(&self, name: &str, header: &snapshot::Header, index: u64) -> Result<(), DataError> {
         if (header.cluster, header.index) == (self.cluster, index) {
             return Ok(());
@@ -486,11 +486,14 @@ impl SnapshotFiles {
 
     /// Reads a snapshot and checks every byte of it.
     pub fn load(&self, index: u64) -> Result<(StateMachine, Arc<Membership>), DataError> {
-        let name = Self::name(index);
-        let file = self.disk.open(&name).map_err(io_error(format!("open the snapshot {name}")))?;
+        self.load_from(&Self::name(index), index)
+    }
+
+    fn load_from(&self, name: &str, index: u64) -> Result<(StateMachine, Arc<Membership>), DataError> {
+        let file = self.disk.open(name).map_err(io_error(format!("open the snapshot {name}")))?;
         let mut source = FileSource { file: &*file, offset: 0, buffer: Vec::new(), position: 0 };
-        let contents = snapshot::read(&mut source).map_err(|error| unusable(&name, &error))?;
-        self.check_header(&name, &contents.header, index)?;
+        let contents = snapshot::read(&mut source).map_err(|error| unusable(name, &error))?;
+        self.check_header(name, &contents.header, index)?;
         Ok((contents.state, Arc::new(contents.membership)))
     }
 
@@ -756,7 +759,8 @@ mod tests {
         let foreign = SnapshotFiles::new(Arc::new(receiver.clone()), ClusterId([1; 16]));
         assert!(foreign.receive(9, &mut &whole[..]).is_err(), "of another cluster");
         assert_eq!(receiver.list().unwrap(), [] as [String; 0], "nothing of all that is kept");
-        let (membership, info) = received.receive(9, &mut &whole[..]).unwrap();
+        let Received { state, membership, info } = received.receive(9, &mut &whole[..]).unwrap();
+        assert_eq!(state.applied_index(), 9);
         assert_eq!((info.index, info.bytes, &*membership), (9, whole.len() as u64, &founders()));
         assert_eq!(received.load(9).unwrap().0.applied_index(), 9);
     }
@@ -783,15 +787,8 @@ mod tests {
 
     #[test]
     fn many_small_keys_come_back_from_a_real_file() {
-        use crate::command::{Command, Condition, RequestId};
         let keys = std::env::var(KEYS_VARIABLE).ok().map_or(KEYS, |keys| keys.parse().unwrap());
-        let mut state = StateMachine::new();
-        for number in 1..=keys {
-            let key = number.to_le_bytes().to_vec().into();
-            let value = number.to_string().into_bytes().into();
-            let command = Command::Put { key, value, condition: Condition::default(), token: None };
-            state.apply(number, 1, RequestId { node: 1, boot: 1, sequence: number }, &command);
-        }
+        let state = StateMachine::with_keys(keys);
         let directory = tempfile::tempdir().unwrap();
         let disk: Arc<dyn Disk> = Arc::new(crate::disk::OsDisk::open(directory.path()).unwrap());
         let files = SnapshotFiles::new(disk, ClusterId(*b"sixteen byte id!"));

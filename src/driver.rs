@@ -26,7 +26,7 @@ use crate::peer_protocol::{Hello, HelloAnswer, HelloRefusal, PeerMessage};
 use crate::raft_core::CoreError;
 use crate::raft_log::SEGMENT_BYTES;
 use crate::replica::{Answer, Apply, Host, Replica};
-use crate::store::{Capture, Version};
+use crate::store::{Capture, Replacement, Version};
 
 /// Events that wait for the driver. More than there are connections (each waits for its one request), so a client
 /// meets the limit only when the driver is stuck; it is then told 503. Peer connections wait, and TCP slows the peer.
@@ -174,6 +174,8 @@ pub enum Event {
         message: Box<Message>,
         /// The membership that the file holds.
         membership: Arc<Membership>,
+        /// The state that the file holds.
+        state: Box<Replacement>,
     },
     /// A snapshot of this node's own state is on disk, complete.
     SnapshotWritten {
@@ -480,8 +482,8 @@ impl Turn {
             }
             Event::Unreachable(id) => replica.unreachable(id),
             Event::SnapshotSent(to, delivered) => replica.snapshot_sent(to, delivered),
-            Event::SnapshotReceived { from, message, membership } => {
-                replica.snapshot_received(from, *message, membership, host)?;
+            Event::SnapshotReceived { from, message, membership, state } => {
+                replica.snapshot_received(from, *message, membership, state, host)?;
             }
             Event::SnapshotWritten { info, membership } => {
                 let compact_to = info.index.saturating_sub(options.snapshot_catchup_entries);

@@ -19,8 +19,9 @@
 //!                | publishes a Version; answers the connections that wait (1 each)
 //! ```
 //!
-//! **Who waits for whom**: connections wait for the driver and the applier; the snapshotter for the driver; the driver
-//! for the applier; the applier for nobody. There is no cycle, so no queue however full can stop all of them.
+//! **Who waits for whom**: connections wait for the driver and the applier, peers' connections for the driver, and for
+//! the applier too when they have received a snapshot; the snapshotter waits for the driver; the driver for the applier;
+//! the applier for nobody. There is no cycle, so no queue however full can stop all of them.
 //!
 //! **How it ends**: the first of these threads to end, for whatever reason, ends the node. Both ports are bound and all
 //! files opened before the first thread starts, so whatever is wrong by then is an ordinary error of [`run`].
@@ -42,7 +43,7 @@ use crate::acquaintances::Acquaintances;
 use crate::api::{self, Api};
 use crate::applier::{Applier, Done};
 use crate::config::{Address, Config};
-use crate::data_dir::{self, Beginning, OpenOptions, SnapshotFiles};
+use crate::data_dir::{self, Beginning, OpenOptions, Received, SnapshotFiles};
 use crate::disk::{Disk, OsDisk};
 use crate::driver::{
     APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, Offences, Progress, Reply, ReplyTo, Room,
@@ -60,7 +61,7 @@ use crate::peer_server::{self, PeerInbox, PeerServer};
 use crate::raft_core::{CoreOptions, RaftCore};
 use crate::raft_log::LogOptions;
 use crate::replica::{Apply, Replica};
-use crate::store::{Capture, Version};
+use crate::store::{Capture, Replacement, Version};
 use crate::watch::Watchers;
 
 /// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
@@ -94,7 +95,6 @@ pub struct ApplierThread {
     applier: Applier,
     batches: Receiver<ToApplier>,
     snapshotter: Sender<ToSnapshotter>,
-    files: SnapshotFiles,
     published: Arc<ArcSwap<Version>>,
     watchers: Arc<Watchers>,
     progress: Progress,
@@ -115,14 +115,12 @@ impl ApplierThread {
         loop {
             match self.batches.recv_timeout(IDLE_INTERVAL) {
                 Ok(ToApplier::Batch(batch)) => {
-                    let files = &self.files;
-                    let mut load = |index| files.load(index).map(|(state, _)| state).map_err(|error| error.to_string());
                     let mut restored = None;
                     for apply in batch {
                         if let Apply::Restore { index, .. } = &apply {
                             restored = Some(*index);
                         }
-                        self.applier.apply(apply, &mut load, &mut done).map_err(|error| error.to_string())?;
+                        self.applier.apply(apply, &mut done).map_err(|error| error.to_string())?;
                     }
                     self.publish(&mut done);
                     if let Some(index) = restored {
@@ -148,6 +146,7 @@ impl ApplierThread {
         let before = self.published.load().applied_index();
         let version = Arc::new(self.applier.version());
         self.published.store(version.clone());
+        self.applier.forget_replaced();
         if self.watchers.any() {
             match version.changes(b"", before, usize::MAX) {
                 Ok(changes) => self.watchers.changed(changes.changes.iter().map(|change| &*change.key)),
@@ -166,7 +165,7 @@ impl ApplierThread {
         }
     }
 
-    /// A snapshot from the leader is loaded: it is as good as one of this node's own, and the log names it.
+    /// A snapshot from the leader is in place: it is as good as one of this node's own, and the log names it.
     fn restored(&mut self, index: u64) {
         log::info!("restored the snapshot of index {index}");
         self.captured = index;
@@ -435,7 +434,7 @@ impl Inbox {
     fn receive(&self, from: NodeId, header: &SnapshotHeader, body: &mut dyn Read) -> Result<(), SnapshotRefusal> {
         log::info!("receiving the snapshot of index {} ({} bytes) from member {from}", header.index, header.bytes);
         let received = self.files.receive(header.index, &mut body.take(header.bytes));
-        let (membership, info) = received.map_err(|error| {
+        let Received { state, membership, info } = received.map_err(|error| {
             log::warn!("refused the snapshot of index {} from member {from}: {error}", header.index);
             match error.is_full() {
                 true => SnapshotRefusal::NoSpace(error.to_string()),
@@ -449,8 +448,15 @@ impl Inbox {
         metadata.index = header.index;
         metadata.term = header.term;
         metadata.set_conf_state(membership.conf_state.clone());
-        let event = Event::SnapshotReceived { from, message: Box::new(message), membership };
-        self.events.send(event).map_err(|_| SnapshotRefusal::Stopping)
+        let (back, rest) = bounded(1);
+        // There is room for the one state that comes back.
+        let state = Box::new(Replacement::new(state, move |rest| drop(back.try_send(rest))));
+        let event = Event::SnapshotReceived { from, message: Box::new(message), membership, state };
+        self.events.send(event).map_err(|_| SnapshotRefusal::Stopping)?;
+        // The driver and the applier have more important things to do than to free what they don't need any more.
+        // Until then no other snapshot is received: there are no more than two states in memory.
+        drop(rest.recv());
+        Ok(())
     }
 }
 
@@ -585,7 +591,6 @@ impl Node {
             applier,
             batches,
             snapshotter: snapshotter_tx.clone(),
-            files: files.clone(),
             published,
             watchers: watchers.clone(),
             progress: applier_progress,
@@ -790,3 +795,6 @@ fn spawn_signals(exits: &Sender<ThreadExit>) -> Result<(), NodeError> {
         Ok(End::Signal)
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -33,6 +33,7 @@ use crate::membership_change::MembershipChange;
 use crate::message_check::{self, Offence, View};
 use crate::raft_log::{Batch, LogError, Marker, RaftLog};
 use crate::random::SplitMix64;
+use crate::store::Replacement;
 
 /// The index at which every founder's log begins. Not zero, so that a joiner, which starts at zero, is sent a
 /// snapshot with the founding members rather than a log that never names them.
@@ -110,6 +111,8 @@ pub enum Committed {
         index: u64,
         /// The membership that it holds.
         membership: Arc<Membership>,
+        /// The state that it holds.
+        state: Box<Replacement>,
     },
 }
 
@@ -194,6 +197,13 @@ pub struct CoreOptions {
     pub logger: slog::Logger,
 }
 
+/// A snapshot that raft has taken and not put out yet.
+struct Incoming {
+    index: u64,
+    membership: Arc<Membership>,
+    state: Box<Replacement>,
+}
+
 /// One Raft participant with its log.
 pub struct RaftCore {
     raw: RawNode<LogStorage>,
@@ -204,7 +214,7 @@ pub struct RaftCore {
     random: SplitMix64,
     followed: Option<(u64, StateRole, NodeId)>,
     written: HardState,
-    incoming: Option<(u64, Arc<Membership>)>,
+    incoming: Option<Incoming>,
     removed: bool,
 }
 
@@ -291,18 +301,19 @@ impl RaftCore {
         }
     }
 
-    /// Takes the message that announces a snapshot whose file, with this membership, is complete and durable here.
-    /// Raft may still have no use for it; otherwise [`Committed::Restore`] follows.
+    /// Takes the message that announces a snapshot whose file, with this membership and state, is complete and durable
+    /// here. Raft may still have no use for it; otherwise [`Committed::Restore`] follows.
     pub fn step_snapshot(
         &mut self,
         message: Message,
         membership: Arc<Membership>,
+        state: Box<Replacement>,
     ) -> Result<Result<(), Offence>, CoreError> {
         let index = message.get_snapshot().get_metadata().index;
         let stepped = self.step(message)?;
         // One that raft has no use for must not take the place of an earlier one that it has taken and not yet put out.
         if stepped.is_ok() && self.raw.snap().is_some_and(|taken| taken.get_metadata().index == index) {
-            self.incoming = Some((index, membership));
+            self.incoming = Some(Incoming { index, membership, state });
         }
         Ok(stepped)
     }
@@ -436,9 +447,8 @@ impl RaftCore {
         for state in ready.take_read_states() {
             output.read_index(state.request_ctx, state.index);
         }
-        if let Some(index) = restored {
-            let membership = self.membership.clone();
-            output.committed(Committed::Restore { index, membership });
+        if let Some(Incoming { index, membership, state }) = restored {
+            output.committed(Committed::Restore { index, membership, state });
         }
         let mut committed = ready.take_committed_entries();
         let mut light = self.raw.advance_append(ready);
@@ -459,8 +469,8 @@ impl RaftCore {
         Ok(bytes)
     }
 
-    /// Writes a Ready in one batch; returns the index of the snapshot that it installed.
-    fn persist(&mut self, ready: &raft::Ready) -> Result<Option<u64>, CoreError> {
+    /// Writes a Ready in one batch; returns the snapshot that it installed.
+    fn persist(&mut self, ready: &raft::Ready) -> Result<Option<Incoming>, CoreError> {
         if let Some(hard_state) = ready.hs() {
             self.raw.mut_store().hard_state = hard_state.clone();
         }
@@ -490,12 +500,12 @@ impl RaftCore {
         }
         self.written = hard_state;
         let Some(Marker { index, .. }) = marker else { return Ok(None) };
-        let (incoming, membership) = self.incoming.take().expect("a snapshot is stepped through `step_snapshot`");
-        assert_eq!(incoming, index, "raft installs the snapshot that was stepped last");
-        self.raw.mut_store().snapshot = SnapshotLabel { index, membership: membership.clone() };
-        self.membership = membership;
+        let incoming = self.incoming.take().expect("a snapshot is stepped through `step_snapshot`");
+        assert_eq!(incoming.index, index, "raft installs the snapshot that was stepped last");
+        self.raw.mut_store().snapshot = SnapshotLabel { index, membership: incoming.membership.clone() };
+        self.membership = incoming.membership.clone();
         self.handed_out = index;
-        Ok(Some(index))
+        Ok(Some(incoming))
     }
 
     fn hand_out(&mut self, entry: Entry, output: &mut impl Output) -> Result<(), CoreError> {
@@ -816,6 +826,7 @@ mod tests {
     use crate::membership::ClusterId;
     use crate::memory_disk::MemoryDisk;
     use crate::raft_log::{LogIdentity, LogOptions};
+    use crate::store::StateMachine;
 
     #[derive(Default)]
     struct Put {
@@ -865,6 +876,11 @@ mod tests {
         message
     }
 
+    /// A state that nobody looks at.
+    fn empty() -> Box<Replacement> {
+        Box::new(Replacement::new(StateMachine::new(), drop))
+    }
+
     #[test]
     fn of_snapshots_in_short_succession_the_newest_is_installed() {
         for (arrivals, installed) in [([20, 30], 30), ([30, 20], 30), ([20, 20], 20)] {
@@ -872,7 +888,7 @@ mod tests {
             let mut core = core(log(&membership), membership.clone());
             for index in arrivals {
                 // What raft has no use for is no offence.
-                core.step_snapshot(announced(index, &membership), membership.clone()).unwrap().unwrap();
+                core.step_snapshot(announced(index, &membership), membership.clone(), empty()).unwrap().unwrap();
             }
             let mut put = Put::default();
             core.process_ready(&mut put).unwrap();
@@ -880,7 +896,7 @@ mod tests {
             assert_eq!((core.snapshot_index(), core.log().marker().index), (installed, installed));
             // One of its own that was begun before, and one that comes late.
             core.snapshot_written(installed - 5, membership.clone(), 0).unwrap();
-            core.step_snapshot(announced(10, &membership), membership.clone()).unwrap().unwrap();
+            core.step_snapshot(announced(10, &membership), membership.clone(), empty()).unwrap().unwrap();
             core.process_ready(&mut put).unwrap();
             assert_eq!((put.restored.len(), core.snapshot_index()), (1, installed));
         }

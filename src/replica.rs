@@ -40,6 +40,7 @@ use crate::message::{AdminReply, AdminRequest, MemberProgress, Refusal, Status, 
 use crate::message_check::Offence;
 use crate::peer_protocol::{ForwardRefusal, ForwardedWrite, PeerMessage};
 use crate::raft_core::{COMMITTED_BYTES_MAX, Committed, CoreError, Output, RaftCore};
+use crate::store::Replacement;
 
 /// Writes that wait on this node, at most; one more is refused with 503. More than there are client connections, so
 /// it is reached only by a mistake of ours.
@@ -104,12 +105,14 @@ pub enum Apply<W> {
         /// The membership.
         membership: Arc<Membership>,
     },
-    /// Load the snapshot file of this index in place of the whole state.
+    /// Take this state, of a received snapshot, in place of the whole state.
     Restore {
         /// The snapshot's index.
         index: u64,
         /// The membership that it holds.
         membership: Arc<Membership>,
+        /// The state that it holds.
+        state: Box<Replacement>,
     },
     /// Answer these reads from the state as it is now.
     Reads(Vec<W>),
@@ -498,18 +501,19 @@ impl<W> Replica<W> {
         }
     }
 
-    /// A snapshot's file is complete and durable here, and `message` announces it.
+    /// A snapshot's file is complete and durable here, and `message` announces it; `state` is what it holds.
     pub fn snapshot_received(
         &mut self,
         from: NodeId,
         message: Message,
         membership: Arc<Membership>,
+        state: Box<Replacement>,
         host: &mut impl Host<W>,
     ) -> Result<(), CoreError> {
         self.heard.insert(from, (self.ticks, self.now));
         if message.get_snapshot().get_metadata().get_conf_state() != &membership.conf_state {
             host.offended(from, Offence::Type(MessageType::MsgSnapshot));
-        } else if let Err(offence) = self.core.step_snapshot(message, membership)? {
+        } else if let Err(offence) = self.core.step_snapshot(message, membership, state)? {
             host.offended(from, offence);
         }
         Ok(())
@@ -879,13 +883,13 @@ impl<W, H: Host<W>> Output for ReplicaOutput<'_, W, H> {
             }
             Committed::Nothing { index, term } => Apply::Nothing { index, term },
             Committed::Membership { index, term, membership, .. } => Apply::Membership { index, term, membership },
-            Committed::Restore { index, membership } => {
+            Committed::Restore { index, membership, state } => {
                 // What was applied inside the snapshot will not be handed out here: handed over again, it comes back
                 // as a repeat, and whoever waits is told that the outcome is unknown rather than kept waiting.
                 for write in self.writes.pending.values_mut().filter(|write| write.state != WriteState::Next) {
                     write.state = WriteState::AtNextTick;
                 }
-                Apply::Restore { index, membership }
+                Apply::Restore { index, membership, state }
             }
         };
         self.host.apply(apply);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use raft::eraftpb::{Message, MessageType};
 use raftexample::applier::Done;
+use raftexample::data_dir::Received;
 use raftexample::driver::REMOVAL_CONFIRMATION_TIMEOUT;
 use raftexample::membership::{Membership, NodeId};
 use raftexample::memory_disk::{Failure, Operation};
@@ -14,6 +15,7 @@ use raftexample::message_check::Offence;
 use raftexample::peer_protocol::{Hello, HelloRefusal, PeerMessage};
 use raftexample::raft_core::CoreError;
 use raftexample::replica::{Answer, Replica};
+use raftexample::store::Replacement;
 
 use crate::clients::{Client, Request};
 use crate::events::Events;
@@ -78,6 +80,7 @@ pub enum Event {
         from: NodeId,
         message: Message,
         membership: Arc<Membership>,
+        state: Box<Replacement>,
     },
     SnapshotSent {
         node: NodeId,
@@ -310,9 +313,9 @@ impl<'t> World<'t> {
                 self.snapshot_arrives(from, run, to, &message, &file);
                 Ok(())
             }
-            Event::SnapshotReceived { node, from, message, membership, .. } => {
+            Event::SnapshotReceived { node, from, message, membership, state, .. } => {
                 self.note(format_args!("{node} takes the snapshot of {from}"));
-                self.input(node, |replica, host| replica.snapshot_received(from, message, membership, host))
+                self.input(node, |replica, host| replica.snapshot_received(from, message, membership, state, host))
             }
             Event::SnapshotSent { node, to, delivered, .. } => {
                 self.note(format_args!("{node} sent a snapshot to {to}: {delivered}"));
@@ -655,7 +658,7 @@ impl<'t> World<'t> {
         let (returns, delay) = (self.network.is_up(to, from), ms(1 + self.random.below(20)));
         let delivered = matches!(received, Some(Ok(_))) && returns;
         self.events.plan(delay, Event::SnapshotSent { node: from, run, to, delivered });
-        let Some(Ok((membership, info))) = received else { return };
+        let Some(Ok(Received { state, membership, info })) = received else { return };
         let mut message = Message { msg_type: MessageType::MsgSnapshot, from, to, ..Message::default() };
         message.term = announced.term;
         let label = message.mut_snapshot().mut_metadata();
@@ -664,7 +667,8 @@ impl<'t> World<'t> {
         self.tally.snapshots_installed += 1;
         let delay = Duration::from_micros(self.random.below(5000));
         let run = self.machines[&to].run;
-        self.events.plan(delay, Event::SnapshotReceived { node: to, run, from, message, membership });
+        let state = Box::new(Replacement::new(state, drop));
+        self.events.plan(delay, Event::SnapshotReceived { node: to, run, from, message, membership, state });
     }
 
     fn act(&mut self, client: usize) -> Checked {

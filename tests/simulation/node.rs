@@ -382,12 +382,11 @@ impl Process {
         let mut done = Vec::new();
         let batch = 1 + self.random.below(self.queue.len() as u64) as usize;
         for apply in self.queue.drain(..batch) {
-            let files = &self.files;
-            let mut load = |index| files.load(index).map(|(state, _)| state).map_err(|error| error.to_string());
-            self.applier.apply(apply, &mut load, &mut done).map_err(|error| Ok(error.to_string()))?;
+            self.applier.apply(apply, &mut done).map_err(|error| Ok(error.to_string()))?;
             let (index, digest) = (self.applier.applied_index(), digest(&self.applier));
             invariants.applied(self.id, index, digest).map_err(Err)?;
         }
+        self.applier.forget_replaced();
         Ok(done)
     }
 

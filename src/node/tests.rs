@@ -1,0 +1,122 @@
+//! The threads of a node with the ends of their queues in a test's hands.
+
+use std::time::Duration;
+
+use super::*;
+use crate::memory_disk::MemoryDisk;
+use crate::store::StateMachine;
+
+/// Within which everything here happens, on a busy machine too.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+const CLUSTER: ClusterId = ClusterId([1; 16]);
+
+fn founders() -> Arc<Membership> {
+    Arc::new(Membership::founding((1..=3).map(|id| (id, format!("http://127.0.0.1:1238{id}")))))
+}
+
+/// A snapshot of so many keys as it travels, and its header.
+fn snapshot_of(keys: u64) -> (SnapshotHeader, Vec<u8>) {
+    let mut file = Vec::new();
+    crate::snapshot::write(&StateMachine::with_keys(keys).capture(founders()), CLUSTER, &mut file).unwrap();
+    (SnapshotHeader { index: keys, term: 1, leader_term: 1, bytes: file.len() as u64 }, file)
+}
+
+fn inbox(events: Sender<Event>) -> Inbox {
+    let files = SnapshotFiles::new(Arc::new(MemoryDisk::new()), CLUSTER);
+    Inbox { events, files, me: 1, receiving: AtomicBool::new(false) }
+}
+
+#[test]
+fn a_received_snapshot_is_read_and_what_it_replaces_is_freed_by_the_peers_thread() {
+    let (events, driver) = bounded(1);
+    let inbox = inbox(events);
+    let (header, file) = snapshot_of(10);
+    let receive = || inbox.receive_snapshot(2, &header, &mut &file[..]);
+    thread::scope(|scope| {
+        let receiving = scope.spawn(receive);
+        let Ok(Event::SnapshotReceived { from: 2, message, mut state, .. }) = driver.recv_timeout(DEADLINE) else {
+            panic!("the driver hears of the snapshot");
+        };
+        assert_eq!(message.get_snapshot().get_metadata().index, 10);
+        // Two states are in memory: no third one is taken in.
+        assert!(matches!(inbox.offer_snapshot(3, &header), Err(SnapshotRefusal::Unwanted(_))));
+        assert!(matches!(receive(), Err(SnapshotRefusal::Unwanted(_))));
+        let mut in_use = StateMachine::with_keys(5);
+        state.replace(&mut in_use);
+        assert_eq!((in_use.applied_index(), in_use.version().keys()), (10, 10));
+        assert!(!receiving.is_finished(), "it waits for what is left");
+        drop(state);
+        assert!(receiving.join().unwrap().is_ok());
+
+        // The next one, for which nobody has a use: or the node has stopped.
+        let receiving = scope.spawn(receive);
+        drop(driver.recv_timeout(DEADLINE).unwrap());
+        assert!(receiving.join().unwrap().is_ok());
+        drop(driver);
+        assert_eq!(receive(), Err(SnapshotRefusal::Stopping));
+    });
+}
+
+/// Bounded here; set the variable for more. With `--nocapture` it shows how long who was busy.
+const KEYS_VARIABLE: &str = "RAFTEXAMPLE_SNAPSHOT_KEYS";
+const KEYS: u64 = 50_000;
+
+#[test]
+fn the_applier_neither_reads_nor_frees_a_large_state() {
+    let keys = std::env::var(KEYS_VARIABLE).ok().map_or(KEYS, |keys| keys.parse().unwrap());
+    let Appliers { applier, batches, published, .. } = applier(StateMachine::with_keys(keys));
+    let (back, rest) = bounded(1);
+    let at_return = published.clone();
+    let state = Replacement::new(StateMachine::with_keys(keys + 1), move |rest| {
+        drop(back.try_send((rest, at_return.load().applied_index())));
+    });
+    let (reply, replies) = bounded(1);
+    thread::scope(|scope| {
+        let applier = scope.spawn(|| applier.run());
+        let started = Instant::now();
+        let restore = Apply::Restore { index: keys + 1, membership: founders(), state: Box::new(state) };
+        batches.send(ToApplier::Batch(vec![restore, Apply::Reads(vec![reply])])).unwrap();
+        let Ok(Reply::Read(Ok(version))) = replies.recv_timeout(DEADLINE) else { panic!("a read is answered") };
+        println!("{keys} keys were replaced in {:?}", started.elapsed());
+        assert_eq!((version.applied_index(), version.keys() as u64), (keys + 1, keys + 1));
+        let (rest, published_then) = rest.recv_timeout(DEADLINE).unwrap();
+        assert_eq!(rest.version().keys() as u64, keys, "the old state comes back whole");
+        assert_eq!(published_then, keys + 1, "it is not published any more, or the applier would free it after all");
+        let started = Instant::now();
+        drop(rest);
+        println!("and freed in {:?}", started.elapsed());
+        drop(batches);
+        assert_eq!(applier.join().unwrap(), Ok(()));
+    });
+}
+
+/// An applier's thread that is not started yet, and the other ends of its queues.
+struct Appliers {
+    applier: ApplierThread,
+    batches: Sender<ToApplier>,
+    published: Arc<ArcSwap<Version>>,
+    _orders: Receiver<ToSnapshotter>,
+}
+
+fn applier(state: StateMachine) -> Appliers {
+    let (batches_tx, batches) = bounded(APPLY_BATCHES_MAX);
+    let (snapshotter, _orders) = bounded(CAPTURES_MAX);
+    let captured = state.applied_index();
+    let applier = Applier::new(state, founders());
+    let published = Arc::new(ArcSwap::from_pointee(applier.version()));
+    let applier = ApplierThread {
+        applier,
+        batches,
+        snapshotter,
+        published: published.clone(),
+        watchers: Arc::new(Watchers::default()),
+        progress: Progress::new(Instant::now()),
+        snapshot_count: u64::MAX,
+        captured,
+        snapshot_at: u64::MAX,
+        snapshot_failed: Arc::new(AtomicBool::new(false)),
+        retry_at: None,
+    };
+    Appliers { applier, batches: batches_tx, published, _orders }
+}
