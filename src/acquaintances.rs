@@ -33,6 +33,7 @@ struct Acquaintance {
 pub struct Acquaintances {
     disk: Arc<dyn Disk>,
     met: BTreeMap<NodeId, Acquaintance>,
+    failed: Option<String>,
 }
 
 /// What a peer must at least have, from its messages since this node started.
@@ -64,7 +65,7 @@ impl Acquaintances {
             };
             met = decode().map_err(|error| DataError::Unusable(format!("the data directory has a {error}")))?;
         }
-        Ok(Acquaintances { disk, met })
+        Ok(Acquaintances { disk, met, failed: None })
     }
 
     /// Meets a peer: remembers it, durably, when this returns `Ok`.
@@ -100,8 +101,14 @@ impl Acquaintances {
         self.write().map_err(|error| {
             self.met.remove(&hello.from);
             self.met.extend(known.map(|known| (hello.from, known)));
+            self.failed = self.failed.take().or_else(|| error.is_fatal().then(|| error.to_string()));
             HelloRefusal::NotReady(error.to_string())
         })
+    }
+
+    /// Why this node has to end, if [`Self::meet`] found that: see [`DataError::is_fatal`].
+    pub fn failed(&self) -> Option<&str> {
+        self.failed.as_deref()
     }
 
     /// The data directory of a peer, if it was met.
@@ -124,7 +131,7 @@ impl Acquaintances {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory_disk::MemoryDisk;
+    use crate::memory_disk::{Failure, MemoryDisk, Operation};
     use crate::peer_protocol::{LogPosition, NodeIdentity};
 
     /// From the run that the boot counter gives this number.
@@ -151,6 +158,19 @@ mod tests {
         let refused = met.meet(&hello(8, 2, 1, 1), Promises::default(), &membership);
         assert_eq!(refused, Err(HelloRefusal::OtherDirectory));
         met.meet(&hello(7, 2, 1, 1), Promises::default(), &membership).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_synced_ends_the_node_and_a_full_disk_does_not() {
+        let (disk, membership) = (MemoryDisk::new(), three());
+        let mut met = Acquaintances::open(Arc::new(disk.clone())).unwrap();
+        let meet = |met: &mut Acquaintances| met.meet(&hello(7, 1, 1, 1), Promises::default(), &membership);
+        disk.fail(Some(Operation::Sync), 1, Failure::Error);
+        assert!(matches!(meet(&mut met), Err(HelloRefusal::NotReady(_))));
+        assert_eq!(met.failed(), None, "nothing counts on a temporary file");
+        disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
+        assert!(matches!(meet(&mut met), Err(HelloRefusal::NotReady(_))));
+        assert!(met.failed().is_some_and(|reason| reason.contains("sync the directory of 'peers'")));
     }
 
     #[test]

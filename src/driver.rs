@@ -184,6 +184,8 @@ pub enum Event {
         /// The membership that the file holds.
         membership: Arc<Membership>,
     },
+    /// Another thread found that this node can't keep its promises any more; why, and the way out.
+    Failed(String),
     /// Hand leadership over if held, answer what is in flight, and end.
     Stop,
 }
@@ -205,6 +207,8 @@ pub trait Network: Send {
         promises: Promises,
         membership: &Membership,
     ) -> Result<HelloAnswer, HelloRefusal>;
+    /// Why this node has to end, if checking a hello found that.
+    fn failed(&self) -> Option<&str>;
     /// The data directory of a member, this node included, if it is known.
     fn directory(&self, member: NodeId) -> Option<u128>;
     /// Where this node's log ends, for its own introductions.
@@ -314,6 +318,8 @@ pub enum DriverEnd {
     Removed,
     /// Another member refuses this node for its data directory; why, and the way out.
     Disowned(String),
+    /// It can't keep its promises any more; why, and the way out.
+    Failed(String),
 }
 
 impl<N: Network> Driver<N> {
@@ -474,7 +480,11 @@ impl Turn {
                 let promises = replica.promises(hello.from);
                 let answer = host.network.hello(&hello, promises, replica.core().membership());
                 drop(reply.try_send(answer));
+                if let Some(reason) = host.network.failed() {
+                    self.end = Some(DriverEnd::Failed(reason.to_owned()));
+                }
             }
+            Event::Failed(reason) => self.end = Some(DriverEnd::Failed(reason)),
             Event::Peer(from, messages) => {
                 for message in messages {
                     replica.peer(from, message, host)?;

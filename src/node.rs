@@ -215,7 +215,7 @@ impl SnapshotterThread {
     fn run(self) -> Result<(), String> {
         for order in &self.orders {
             match order {
-                ToSnapshotter::Write(capture, reply) => self.write(&capture, reply),
+                ToSnapshotter::Write(capture, reply) => self.write(&capture, reply)?,
                 ToSnapshotter::RemoveOlder(index) => {
                     if let Err(error) = self.files.remove_older(index) {
                         log::warn!("{error}; it will be tried again after the next snapshot");
@@ -227,7 +227,10 @@ impl SnapshotterThread {
     }
 
     /// A snapshot that can't be written costs disk space and a longer restart, not the node: the log still has it all.
-    fn write(&self, capture: &Capture, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) {
+    ///
+    /// # Errors
+    /// If the failure is one that ends the node.
+    fn write(&self, capture: &Capture, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) -> Result<(), String> {
         let started = Instant::now();
         let result = match self.files.write(capture) {
             Ok(info) => {
@@ -242,6 +245,7 @@ impl SnapshotterThread {
                 let _ = self.events.send(event);
                 Ok(info)
             }
+            Err(error) if error.is_fatal() => return Err(error.to_string()),
             Err(error) => {
                 log::warn!("{error}; the node goes on and tries again in {SNAPSHOT_RETRY_INTERVAL:?}");
                 self.failed.store(true, Ordering::Relaxed);
@@ -251,6 +255,7 @@ impl SnapshotterThread {
         if let Some(reply) = reply {
             drop(reply.try_send(result));
         }
+        Ok(())
     }
 }
 
@@ -433,8 +438,13 @@ impl PeerInbox for Inbox {
 impl Inbox {
     fn receive(&self, from: NodeId, header: &SnapshotHeader, body: &mut dyn Read) -> Result<(), SnapshotRefusal> {
         log::info!("receiving the snapshot of index {} ({} bytes) from member {from}", header.index, header.bytes);
-        let received = self.files.receive(header.index, &mut body.take(header.bytes));
+        let received = self.files.receive(header.index, header.term, &mut body.take(header.bytes));
         let Received { state, membership, info } = received.map_err(|error| {
+            if error.is_fatal() {
+                // The driver ends the node. Stopping, it does so anyway.
+                drop(self.events.send(Event::Failed(error.to_string())));
+                return SnapshotRefusal::Stopping;
+            }
             log::warn!("refused the snapshot of index {} from member {from}: {error}", header.index);
             match error.is_full() {
                 true => SnapshotRefusal::NoSpace(error.to_string()),
@@ -631,7 +641,7 @@ impl Node {
         spawn("driver", &exits_tx, move || match driver.run() {
             Ok(DriverEnd::Stopped) => Ok(End::Done),
             Ok(DriverEnd::Removed) => Ok(End::Removed),
-            Ok(DriverEnd::Disowned(reason)) => Err(reason),
+            Ok(DriverEnd::Disowned(reason) | DriverEnd::Failed(reason)) => Err(reason),
             Err(error) => Err(error.to_string()),
         })?;
         let inbox = Inbox { events: events_tx.clone(), files, me: config.id, receiving: AtomicBool::new(false) };

@@ -228,6 +228,10 @@ impl Network for PeerNetwork {
         Ok(HelloAnswer { protocol, cluster, id, directory, boot, members: Some(membership.encode()) })
     }
 
+    fn failed(&self) -> Option<&str> {
+        self.acquaintances.failed()
+    }
+
     fn directory(&self, member: NodeId) -> Option<u128> {
         if member == self.me.id { Some(self.me.directory) } else { self.acquaintances.directory(member) }
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::memory_disk::MemoryDisk;
+use crate::memory_disk::{Failure, MemoryDisk, Operation};
 use crate::store::StateMachine;
 
 /// Within which everything here happens, on a busy machine too.
@@ -56,6 +56,39 @@ fn a_received_snapshot_is_read_and_what_it_replaces_is_freed_by_the_peers_thread
         drop(driver);
         assert_eq!(receive(), Err(SnapshotRefusal::Stopping));
     });
+}
+
+#[test]
+fn a_directory_that_cannot_be_synced_behind_a_snapshot_ends_the_node() {
+    let (events, driver) = bounded(1);
+    let (header, file) = snapshot_of(10);
+    let disk = MemoryDisk::new();
+    let files = SnapshotFiles::new(Arc::new(disk.clone()), CLUSTER);
+    let inbox = Inbox { files: files.clone(), ..inbox(events.clone()) };
+    disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
+    assert_eq!(inbox.receive_snapshot(2, &header, &mut &file[..]), Err(SnapshotRefusal::Stopping));
+    assert!(matches!(driver.try_recv(), Ok(Event::Failed(reason)) if reason.contains("failed to sync the directory")));
+
+    let (orders_tx, orders) = bounded(CAPTURES_MAX);
+    let capture = Box::new(StateMachine::with_keys(10).capture(founders()));
+    let (reply, replies) = bounded(1);
+    orders_tx.send(ToSnapshotter::Write(capture, Some(reply))).unwrap();
+    disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
+    let reason = SnapshotterThread { orders, files, events, failed: Arc::default() }.run().unwrap_err();
+    assert!(reason.contains("failed to sync the directory"), "{reason}");
+    assert!(driver.is_empty() && replies.recv().is_err(), "the log must not name it");
+}
+
+#[test]
+fn a_snapshot_of_another_term_than_announced_is_refused() {
+    let (events, driver) = bounded(1);
+    let inbox = inbox(events);
+    let (header, file) = snapshot_of(10);
+    for term in [2, 0] {
+        let refused = inbox.receive_snapshot(2, &SnapshotHeader { term, ..header }, &mut &file[..]);
+        assert!(matches!(refused, Err(SnapshotRefusal::Damaged(_))), "{refused:?}");
+    }
+    assert!(driver.is_empty());
 }
 
 /// Bounded here; set the variable for more. With `--nocapture` it shows how long who was busy.

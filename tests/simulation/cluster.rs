@@ -297,7 +297,7 @@ impl<'t> World<'t> {
             Event::Apply(id, _) => self.apply(id),
             Event::Arrive { hello, run, to, message } => self.arrive(&hello, run, to, message),
             Event::Introduce { hello, run } => {
-                self.meets(&hello, run, hello.to);
+                self.meets(&hello, run, hello.to)?;
                 Ok(())
             }
             Event::Retire(id, _) => {
@@ -310,8 +310,7 @@ impl<'t> World<'t> {
                 Ok(())
             }),
             Event::SnapshotArrives { from, run, to, message, file } => {
-                self.snapshot_arrives(from, run, to, &message, &file);
-                Ok(())
+                self.snapshot_arrives(from, run, to, &message, &file)
             }
             Event::SnapshotReceived { node, from, message, membership, state, .. } => {
                 self.note(format_args!("{node} takes the snapshot of {from}"));
@@ -548,7 +547,11 @@ impl<'t> World<'t> {
         let Some(process) = self.process(id) else { return Ok(()) };
         let Some(capture) = process.capture.take() else { return Ok(()) };
         let files = process.files.clone();
-        let Ok(info) = files.write(&capture) else { return Ok(()) };
+        let info = match files.write(&capture) {
+            Ok(info) => info,
+            Err(error) if error.is_fatal() => return self.ended(id, &error.to_string()),
+            Err(_) => return Ok(()),
+        };
         self.tally.snapshots_written += 1;
         self.note(format_args!("{id} wrote the snapshot of {}", info.index));
         let membership = capture.membership().clone();
@@ -592,24 +595,27 @@ impl<'t> World<'t> {
     }
 
     /// Whether a node takes what a peer sends over a connection that began with this hello; tells the peer if not.
-    fn meets(&mut self, hello: &Hello, run: u64, to: NodeId) -> bool {
+    fn meets(&mut self, hello: &Hello, run: u64, to: NodeId) -> Result<bool, String> {
         let from = hello.from;
         if !self.network.is_up(from, to) {
-            return false;
+            return Ok(false);
         }
-        let Some(process) = self.process(to) else { return false };
-        let Err(refusal) = process.meet(hello) else { return true };
+        let Some(process) = self.process(to) else { return Ok(false) };
+        let Err(refusal) = process.meet(hello) else { return Ok(true) };
+        if let Some(reason) = process.failed() {
+            self.ended(to, &reason)?;
+        }
         self.note(format_args!("{to} refuses {from}: {refusal}"));
         if self.network.is_up(to, from) {
             let delay = ms(self.random.below(20));
             self.events.plan(delay, Event::Refused { node: from, run, peer: to, refusal });
         }
-        false
+        Ok(false)
     }
 
     fn arrive(&mut self, hello: &Hello, run: u64, to: NodeId, message: PeerMessage) -> Checked {
         let from = hello.from;
-        if !self.meets(hello, run, to) {
+        if !self.meets(hello, run, to)? {
             return Ok(());
         }
         self.note(format_args!("{from} -> {to}: {}", node::describe(&message)));
@@ -652,13 +658,25 @@ impl<'t> World<'t> {
     }
 
     /// Does what a node does with a snapshot's file, see the peer inbox of a real one.
-    fn snapshot_arrives(&mut self, from: NodeId, run: u64, to: NodeId, announced: &Message, mut file: &[u8]) {
+    fn snapshot_arrives(
+        &mut self,
+        from: NodeId,
+        run: u64,
+        to: NodeId,
+        announced: &Message,
+        mut file: &[u8],
+    ) -> Checked {
         let metadata = announced.get_snapshot().get_metadata();
-        let received = self.process(to).map(|process| process.files.clone().receive(metadata.index, &mut file));
+        let received =
+            self.process(to).map(|process| process.files.clone().receive(metadata.index, metadata.term, &mut file));
         let (returns, delay) = (self.network.is_up(to, from), ms(1 + self.random.below(20)));
         let delivered = matches!(received, Some(Ok(_))) && returns;
         self.events.plan(delay, Event::SnapshotSent { node: from, run, to, delivered });
-        let Some(Ok(Received { state, membership, info })) = received else { return };
+        let Received { state, membership, info } = match received {
+            Some(Ok(received)) => received,
+            Some(Err(error)) if error.is_fatal() => return self.ended(to, &error.to_string()),
+            _ => return Ok(()),
+        };
         let mut message = Message { msg_type: MessageType::MsgSnapshot, from, to, ..Message::default() };
         message.term = announced.term;
         let label = message.mut_snapshot().mut_metadata();
@@ -669,6 +687,7 @@ impl<'t> World<'t> {
         let run = self.machines[&to].run;
         let state = Box::new(Replacement::new(state, drop));
         self.events.plan(delay, Event::SnapshotReceived { node: to, run, from, message, membership, state });
+        Ok(())
     }
 
     fn act(&mut self, client: usize) -> Checked {

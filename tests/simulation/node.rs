@@ -367,6 +367,11 @@ impl Process {
         Ok(())
     }
 
+    /// Why it has to end, if it met somebody and could not write that down.
+    pub fn failed(&self) -> Option<Ended> {
+        self.acquaintances.failed().map(str::to_owned)
+    }
+
     /// The transfer of a snapshot has ended.
     pub fn transfer_ended(&mut self, to: NodeId) {
         self.transfers.remove(&to);
