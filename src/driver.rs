@@ -18,12 +18,13 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use raft::eraftpb::Message;
 
 use crate::acquaintances::Promises;
+use crate::byte_budget::Share;
 use crate::disk::Disk;
 use crate::membership::{Membership, NodeId};
 use crate::message::{AdminReply, AdminRequest, Refusal, SnapshotInfo, Status, Transfer, WriteReply};
 use crate::message_check::Offence;
 use crate::peer_protocol::{Hello, HelloAnswer, HelloRefusal, PeerMessage};
-use crate::raft_core::CoreError;
+use crate::raft_core::{APPEND_BYTES_MAX, APPENDS_IN_FLIGHT_MAX, CoreError};
 use crate::raft_log::SEGMENT_BYTES;
 use crate::replica::{Answer, Apply, Host, Replica};
 use crate::store::{Capture, Replacement, Version};
@@ -31,6 +32,13 @@ use crate::store::{Capture, Replacement, Version};
 /// Events that wait for the driver. More than there are connections (each waits for its one request), so a client
 /// meets the limit only when the driver is stuck; it is then told 503. Peer connections wait, and TCP slows the peer.
 pub const EVENTS_MAX: usize = 8 * 1024;
+
+/// Bytes of peers' messages that wait for the driver, of all peers together; beyond them peer connections wait, in the
+/// order of arrival. Above what a leader sends to one follower before it waits for an answer, so that the limit is met
+/// only by a node that is slower than its peers for long, or by a peer that is no Raft leader.
+pub const PEER_BYTES_MAX: usize = 64 << 20;
+
+const _: () = assert!(APPENDS_IN_FLIGHT_MAX as u64 * APPEND_BYTES_MAX < PEER_BYTES_MAX as u64);
 
 /// Events taken in before the replica processes them: bounds what one sync covers, and how late a tick can be.
 pub const EVENTS_PER_TURN_MAX: usize = 1024;
@@ -160,8 +168,8 @@ pub enum Event {
     Status(Sender<Status>),
     /// A peer introduces itself.
     Hello(Box<Hello>, Sender<Result<HelloAnswer, HelloRefusal>>),
-    /// Messages of a peer that has introduced itself.
-    Peer(NodeId, Vec<PeerMessage>),
+    /// Messages of a peer that has introduced itself, and their share of [`PEER_BYTES_MAX`].
+    Peer(NodeId, Vec<PeerMessage>, Share),
     /// A peer could not be reached.
     Unreachable(NodeId),
     /// Sending a snapshot to a peer ended, well or not.
@@ -485,10 +493,11 @@ impl Turn {
                 }
             }
             Event::Failed(reason) => self.end = Some(DriverEnd::Failed(reason)),
-            Event::Peer(from, messages) => {
+            Event::Peer(from, messages, share) => {
                 for message in messages {
                     replica.peer(from, message, host)?;
                 }
+                drop(share);
             }
             Event::Unreachable(id) => replica.unreachable(id),
             Event::SnapshotSent(to, delivered) => replica.snapshot_sent(to, delivered),

@@ -44,6 +44,7 @@ pub mod replica;
 pub mod http;
 pub mod peer_sender;
 pub mod peer_server;
+pub mod byte_budget;
 pub mod applier;
 pub mod driver;
 pub mod peer_network;

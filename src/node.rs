@@ -6,7 +6,7 @@
 //!   +-------v--------+                                  +--------v--------+
 //!   | http-N         | one thread per connection        | peer-N          | one thread per connection
 //!   +---+--------+---+                                  +--------+--------+
-//!       |        | events (8192)                                 | events: waits when full
+//!       |        | events (8192)                                 | events (64 MiB): waits when full
 //!       |        v                                               v
 //!       |   +--------------------------------------------------------+
 //!       |   | driver: RaftCore with its log, requests, ticks         |<---- unreachable, snapshot sent
@@ -42,12 +42,13 @@ use slog::Drain;
 use crate::acquaintances::Acquaintances;
 use crate::api::{self, Api};
 use crate::applier::{Applier, Done};
+use crate::byte_budget::ByteBudget;
 use crate::config::{Address, Config};
 use crate::data_dir::{self, Beginning, OpenOptions, Received, SnapshotFiles};
 use crate::disk::{Disk, OsDisk};
 use crate::driver::{
-    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, Offences, Progress, Reply, ReplyTo, Room,
-    ToApplier, ToSnapshotter,
+    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, Offences, PEER_BYTES_MAX, Progress, Reply,
+    ReplyTo, Room, ToApplier, ToSnapshotter,
 };
 use crate::http;
 use crate::membership::{ClusterId, Membership, NodeId};
@@ -392,6 +393,7 @@ struct Inbox {
     events: Sender<Event>,
     files: SnapshotFiles,
     me: NodeId,
+    peer_bytes: Arc<ByteBudget>,
     /// One snapshot at a time is received: a second one would only compete for the disk.
     receiving: AtomicBool,
 }
@@ -408,8 +410,10 @@ impl PeerInbox for Inbox {
     }
 
     fn deliver(&self, from: NodeId, messages: Vec<PeerMessage>) -> Result<(), peer_server::Stopped> {
-        // Waits when the queue is full: TCP then slows the peer down.
-        self.events.send(Event::Peer(from, messages)).map_err(|_| peer_server::Stopped)
+        // Waits while too much is waiting already: TCP then slows the peer down.
+        let bytes = messages.iter().map(PeerMessage::frame_bytes).sum();
+        let share = self.peer_bytes.take(bytes).ok_or(peer_server::Stopped)?;
+        self.events.send(Event::Peer(from, messages, share)).map_err(|_| peer_server::Stopped)
     }
 
     fn offer_snapshot(&self, _from: NodeId, header: &SnapshotHeader) -> Result<(), SnapshotRefusal> {
@@ -638,13 +642,21 @@ impl Node {
         };
         spawn("applier", &exits_tx, move || applier.run().map(|()| End::Done))?;
         spawn("snapshotter", &exits_tx, move || snapshotter.run().map(|()| End::Done))?;
-        spawn("driver", &exits_tx, move || match driver.run() {
-            Ok(DriverEnd::Stopped) => Ok(End::Done),
-            Ok(DriverEnd::Removed) => Ok(End::Removed),
-            Ok(DriverEnd::Disowned(reason) | DriverEnd::Failed(reason)) => Err(reason),
-            Err(error) => Err(error.to_string()),
+        let peer_bytes = ByteBudget::new(PEER_BYTES_MAX);
+        let closer = peer_bytes.closer();
+        spawn("driver", &exits_tx, move || {
+            let end = driver.run();
+            // Nobody takes what is still waiting.
+            drop(closer);
+            match end {
+                Ok(DriverEnd::Stopped) => Ok(End::Done),
+                Ok(DriverEnd::Removed) => Ok(End::Removed),
+                Ok(DriverEnd::Disowned(reason) | DriverEnd::Failed(reason)) => Err(reason),
+                Err(error) => Err(error.to_string()),
+            }
         })?;
-        let inbox = Inbox { events: events_tx.clone(), files, me: config.id, receiving: AtomicBool::new(false) };
+        let receiving = AtomicBool::new(false);
+        let inbox = Inbox { events: events_tx.clone(), files, me: config.id, peer_bytes, receiving };
         let peer_server = peer_port
             .serve(Arc::new(PeerServer::new(config.id, inbox)), peer_server::limits(), "peer")
             .map_err(|error| NodeError(format!("failed to serve the peer port: {error}")))?;

@@ -15,6 +15,15 @@ fn founders() -> Arc<Membership> {
     Arc::new(Membership::founding((1..=3).map(|id| (id, format!("http://127.0.0.1:1238{id}")))))
 }
 
+#[track_caller]
+fn wait_until(condition: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < DEADLINE, "it did not come to that");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// A snapshot of so many keys as it travels, and its header.
 fn snapshot_of(keys: u64) -> (SnapshotHeader, Vec<u8>) {
     let mut file = Vec::new();
@@ -24,7 +33,8 @@ fn snapshot_of(keys: u64) -> (SnapshotHeader, Vec<u8>) {
 
 fn inbox(events: Sender<Event>) -> Inbox {
     let files = SnapshotFiles::new(Arc::new(MemoryDisk::new()), CLUSTER);
-    Inbox { events, files, me: 1, receiving: AtomicBool::new(false) }
+    let peer_bytes = ByteBudget::new(PEER_BYTES_MAX);
+    Inbox { events, files, me: 1, peer_bytes, receiving: AtomicBool::new(false) }
 }
 
 #[test]
@@ -89,6 +99,51 @@ fn a_snapshot_of_another_term_than_announced_is_refused() {
         assert!(matches!(refused, Err(SnapshotRefusal::Damaged(_))), "{refused:?}");
     }
     assert!(driver.is_empty());
+}
+
+fn append(bytes: usize) -> PeerMessage {
+    let entry = raft::eraftpb::Entry { data: vec![7; bytes].into(), ..Default::default() };
+    PeerMessage::Raft(Message { msg_type: MessageType::MsgAppend, entries: vec![entry].into(), ..Message::default() })
+}
+
+#[test]
+fn peers_wait_while_too_many_bytes_of_theirs_wait_for_the_driver() {
+    const PEERS: usize = 4;
+    const EACH: usize = 10;
+    const BYTES: usize = 4 << 20;
+    let (events, driver) = bounded(EVENTS_MAX);
+    let inbox = inbox(events);
+    thread::scope(|scope| {
+        for peer in 1..=PEERS {
+            let inbox = &inbox;
+            scope.spawn(move || (0..EACH).for_each(|_| inbox.deliver(peer as u64, vec![append(BYTES)]).unwrap()));
+        }
+        let is_full = |bytes| (PEER_BYTES_MAX - BYTES - 1000..=PEER_BYTES_MAX).contains(&bytes);
+        wait_until(|| is_full(inbox.peer_bytes.used()));
+        // One that fits nowhere has its turn too, alone.
+        scope.spawn(|| inbox.deliver(0, vec![append(PEER_BYTES_MAX)]).unwrap());
+        let mut delivered = [0; PEERS + 1];
+        for _ in 0..=PEERS * EACH {
+            let waiting = inbox.peer_bytes.used();
+            assert!(waiting <= PEER_BYTES_MAX || driver.len() <= 1, "{waiting} bytes in {} events", driver.len());
+            let Ok(Event::Peer(from, messages, share)) = driver.recv_timeout(DEADLINE) else {
+                panic!("what a peer sends arrives, however much it is");
+            };
+            assert_eq!(messages.len(), 1);
+            delivered[from as usize] += 1;
+            drop(share);
+        }
+        assert_eq!(delivered, [1, EACH, EACH, EACH, EACH]);
+    });
+    assert_eq!(inbox.peer_bytes.used(), 0);
+
+    // When the driver has ended, nobody waits for it.
+    inbox.deliver(1, vec![append(PEER_BYTES_MAX)]).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| inbox.deliver(2, vec![append(1)]));
+        drop(inbox.peer_bytes.closer());
+        assert_eq!(waiting.join().unwrap(), Err(peer_server::Stopped));
+    });
 }
 
 /// Bounded here; set the variable for more. With `--nocapture` it shows how long who was busy.
