@@ -131,6 +131,7 @@ impl Acquaintances {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixtures::founders;
     use crate::memory_disk::{Failure, MemoryDisk, Operation};
     use crate::peer_protocol::{LogPosition, NodeIdentity};
 
@@ -142,14 +143,10 @@ mod tests {
         Hello::new(&me, 1, &position)
     }
 
-    fn three() -> Membership {
-        Membership::founding((1..=3).map(|id| (id, format!("http://127.0.0.1:{id}"))))
-    }
-
     #[test]
     fn another_directory_is_refused_also_after_a_restart() {
         let disk = MemoryDisk::new();
-        let membership = three();
+        let membership = founders(3);
         let mut met = Acquaintances::open(Arc::new(disk.clone())).unwrap();
         met.meet(&hello(7, 1, 1, 1), Promises::default(), &membership).unwrap();
         disk.crash(3);
@@ -162,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_directory_that_cannot_be_synced_ends_the_node_and_a_full_disk_does_not() {
-        let (disk, membership) = (MemoryDisk::new(), three());
+        let (disk, membership) = (MemoryDisk::new(), founders(3));
         let mut met = Acquaintances::open(Arc::new(disk.clone())).unwrap();
         let meet = |met: &mut Acquaintances| met.meet(&hello(7, 1, 1, 1), Promises::default(), &membership);
         disk.fail(Some(Operation::Sync), 1, Failure::Error);
@@ -175,7 +172,7 @@ mod tests {
 
     #[test]
     fn the_committed_directory_counts_without_a_meeting() {
-        let membership = three().with_directory(2, 7).unwrap();
+        let membership = founders(3).with_directory(2, 7).unwrap();
         let mut met = Acquaintances::open(Arc::new(MemoryDisk::new())).unwrap();
         let refused = met.meet(&hello(8, 1, 1, 1), Promises::default(), &membership);
         assert_eq!(refused, Err(HelloRefusal::OtherDirectory));
@@ -183,7 +180,7 @@ mod tests {
 
     #[test]
     fn an_older_copy_is_refused_by_boot_term_and_acknowledged_index() {
-        let membership = three();
+        let membership = founders(3);
         let mut met = Acquaintances::open(Arc::new(MemoryDisk::new())).unwrap();
         met.meet(&hello(7, 5, 3, 10), Promises::default(), &membership).unwrap();
         let promises = Promises { term: 4, acknowledged: Some((4, 20)) };

@@ -629,24 +629,20 @@ mod tests {
     use raft::eraftpb::Entry;
 
     use super::*;
+    use crate::fixtures::{CLUSTER, founders};
     use crate::memory_disk::{Failure, MemoryDisk, Operation};
     use crate::raft_log::Batch;
-
-    fn founders() -> Membership {
-        Membership::founding((1..=3).map(|id| (id, format!("http://127.0.0.1:1238{id}"))))
-    }
 
     /// Segments that a disk in memory need not be asked for.
     const SMALL: LogOptions = LogOptions { segment_bytes: 16 << 10, cache_bytes: 1 << 20 };
 
     fn options(beginning: Beginning) -> OpenOptions {
-        let cluster = ClusterId(*b"sixteen byte id!");
-        OpenOptions { id: 1, cluster, beginning, directory: 7, boot_random: 5, log: SMALL }
+        OpenOptions { id: 1, cluster: CLUSTER, beginning, directory: 7, boot_random: 5, log: SMALL }
     }
 
     fn open_as_founder(disk: &MemoryDisk) -> Result<Opened, DataError> {
         let disk: Arc<dyn Disk> = Arc::new(disk.clone());
-        open(&disk, &options(Beginning::Found(founders())))
+        open(&disk, &options(Beginning::Found(founders(3))))
     }
 
     #[track_caller]
@@ -655,7 +651,7 @@ mod tests {
     }
 
     fn marker(index: u64) -> Marker {
-        Marker { index, term: 1, conf_state: founders().conf_state }
+        Marker { index, term: 1, conf_state: founders(3).conf_state }
     }
 
     fn advance_to(state: &mut StateMachine, index: u64) {
@@ -679,7 +675,7 @@ mod tests {
 
     #[test]
     fn a_founding_is_made_again_until_its_boot_is_counted_wherever_it_is_cut() {
-        for beginning in [Beginning::Found(founders()), Beginning::Join] {
+        for beginning in [Beginning::Found(founders(3)), Beginning::Join] {
             let index = if matches!(beginning, Beginning::Join) { 0 } else { FOUNDING_INDEX };
             for cut in 1.. {
                 let disk = MemoryDisk::new();
@@ -772,11 +768,11 @@ mod tests {
     #[test]
     fn a_received_snapshot_is_put_in_place_only_when_it_is_whole_and_meant() {
         let disk = MemoryDisk::new();
-        let cluster = ClusterId(*b"sixteen byte id!");
+        let cluster = CLUSTER;
         let files = SnapshotFiles::new(Arc::new(disk.clone()), cluster);
         let mut state = StateMachine::new();
         advance_to(&mut state, 9);
-        files.write(&state.capture(Arc::new(founders()))).unwrap();
+        files.write(&state.capture(Arc::new(founders(3)))).unwrap();
         let whole = disk.read_file(&SnapshotFiles::name(9)).unwrap();
         let receiver = MemoryDisk::new();
         let received = SnapshotFiles::new(Arc::new(receiver.clone()), cluster);
@@ -795,16 +791,16 @@ mod tests {
         assert_eq!(receiver.list().unwrap(), [] as [String; 0], "nothing of all that is kept");
         let Received { state, membership, info } = received.receive(9, 1, &mut &whole[..]).unwrap();
         assert_eq!(state.applied_index(), 9);
-        assert_eq!((info.index, info.bytes, &*membership), (9, whole.len() as u64, &founders()));
+        assert_eq!((info.index, info.bytes, &*membership), (9, whole.len() as u64, &founders(3)));
         assert_eq!(received.load(9).unwrap().0.applied_index(), 9);
     }
 
     #[test]
     fn only_a_failed_sync_of_the_directory_is_fatal() {
-        let cluster = ClusterId(*b"sixteen byte id!");
+        let cluster = CLUSTER;
         let mut state = StateMachine::new();
         advance_to(&mut state, 9);
-        let capture = state.capture(Arc::new(founders()));
+        let capture = state.capture(Arc::new(founders(3)));
         let mut whole = Vec::new();
         snapshot::write(&capture, cluster, &mut whole).unwrap();
         for operation in [Operation::Create, Operation::Write, Operation::Sync, Operation::Rename] {
@@ -829,10 +825,10 @@ mod tests {
     #[test]
     fn a_disk_that_fills_up_under_a_snapshot_keeps_nothing_of_it() {
         let disk = MemoryDisk::new();
-        let files = SnapshotFiles::new(Arc::new(disk.clone()), ClusterId(*b"sixteen byte id!"));
+        let files = SnapshotFiles::new(Arc::new(disk.clone()), CLUSTER);
         let mut state = StateMachine::new();
         advance_to(&mut state, 9);
-        let capture = state.capture(Arc::new(founders()));
+        let capture = state.capture(Arc::new(founders(3)));
         for capacity in [0, 10, 100] {
             disk.set_capacity(Some(capacity));
             assert!(files.write(&capture).unwrap_err().is_full());
@@ -852,8 +848,8 @@ mod tests {
         let state = StateMachine::with_keys(keys);
         let directory = tempfile::tempdir().unwrap();
         let disk: Arc<dyn Disk> = Arc::new(crate::disk::OsDisk::open(directory.path()).unwrap());
-        let files = SnapshotFiles::new(disk, ClusterId(*b"sixteen byte id!"));
-        let capture = state.capture(Arc::new(founders()));
+        let files = SnapshotFiles::new(disk, CLUSTER);
+        let capture = state.capture(Arc::new(founders(3)));
         files.write(&capture).unwrap();
         let (loaded, membership) = files.load(keys).unwrap();
         assert_eq!(snapshot::digest(&loaded.capture(membership)), snapshot::digest(&capture));

@@ -307,13 +307,12 @@ pub struct Driver<N: Network> {
 pub struct Offences(BTreeMap<(NodeId, &'static str), u64>);
 
 impl Offences {
-    /// Counts one, and logs the first, second, fourth, eighth of a cause: a peer that goes on must not fill the log.
-    fn note(&mut self, from: NodeId, offence: &Offence) {
+    /// Counts one. Returns how many there were if that is to be logged, as the first, second, fourth, eighth of a cause
+    /// are: a peer that goes on must not fill the log.
+    fn count(&mut self, from: NodeId, offence: &Offence) -> Option<u64> {
         let count = self.0.entry((from, offence.kind())).or_default();
         *count += 1;
-        if count.is_power_of_two() {
-            log::warn!("dropped a message of member {from}: {offence} ({count} of this kind)");
-        }
+        count.is_power_of_two().then_some(*count)
     }
 }
 
@@ -553,7 +552,14 @@ impl<N: Network> Host<ReplyTo> for DriverHost<'_, N> {
             Offence::Removed(_) | Offence::Stranger(_) => {
                 log::debug!("dropped a message of node {from}: {offence}");
             }
-            _ => self.offences.note(from, &offence),
+            _ => {
+                if let Some(count) = self.offences.count(from, &offence) {
+                    log::warn!("dropped a message of member {from}: {offence} ({count} of this kind)");
+                }
+            }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -50,3 +50,6 @@ pub mod driver;
 pub mod peer_network;
 pub mod api;
 pub mod node;
+
+#[cfg(test)]
+mod fixtures;

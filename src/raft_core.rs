@@ -822,20 +822,21 @@ fn storage_error(error: crate::raft_log::ReadError) -> raft::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::Disk;
-    use crate::membership::ClusterId;
-    use crate::memory_disk::MemoryDisk;
-    use crate::raft_log::{LogIdentity, LogOptions};
+    use crate::fixtures::{core_on, founders, log_on, voter_and_learner};
+    use crate::memory_disk::{Failure, MemoryDisk, Operation};
     use crate::store::StateMachine;
 
     #[derive(Default)]
     struct Put {
         restored: Vec<u64>,
         handed_out: u64,
+        sent: Vec<MessageType>,
     }
 
     impl Output for Put {
-        fn send(&mut self, _message: Message) {}
+        fn send(&mut self, message: Message) {
+            self.sent.push(message.msg_type);
+        }
 
         fn committed(&mut self, committed: Committed) {
             match committed {
@@ -849,23 +850,9 @@ mod tests {
         fn read_index(&mut self, _context: Vec<u8>, _index: u64) {}
     }
 
-    fn founders(count: u64) -> Arc<Membership> {
-        Arc::new(Membership::founding((1..=count).map(|id| (id, format!("http://127.0.0.1:1238{id}")))))
-    }
-
-    fn log(founders: &Membership) -> RaftLog {
-        let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
-        let identity = LogIdentity { cluster: ClusterId([1; 16]), node: 1, directory: 1 };
-        let marker = Marker { index: FOUNDING_INDEX, term: FOUNDING_TERM, conf_state: founders.conf_state.clone() };
-        let hard_state = HardState { term: FOUNDING_TERM, commit: FOUNDING_INDEX, ..HardState::default() };
-        RaftLog::create(disk, identity, LogOptions::default(), marker, hard_state).unwrap()
-    }
-
-    fn core(log: RaftLog, membership: Arc<Membership>) -> RaftCore {
-        let logger = slog::Logger::root(slog::Discard, slog::o!());
-        let (election_ticks, snapshot_index) = (10, FOUNDING_INDEX);
-        RaftCore::open(log, CoreOptions { id: 1, election_ticks, election_seed: 1, membership, snapshot_index, logger })
-            .unwrap()
+    /// A core on a disk of its own.
+    fn core(founders: &Membership) -> RaftCore {
+        core_on(log_on(&MemoryDisk::new(), 1, founders), 1, founders)
     }
 
     fn announced(index: u64, membership: &Membership) -> Message {
@@ -884,8 +871,8 @@ mod tests {
     #[test]
     fn of_snapshots_in_short_succession_the_newest_is_installed() {
         for (arrivals, installed) in [([20, 30], 30), ([30, 20], 30), ([20, 20], 20)] {
-            let membership = founders(3);
-            let mut core = core(log(&membership), membership.clone());
+            let membership = Arc::new(founders(3));
+            let mut core = core(&membership);
             for index in arrivals {
                 // What raft has no use for is no offence.
                 core.step_snapshot(announced(index, &membership), membership.clone(), empty()).unwrap().unwrap();
@@ -903,9 +890,29 @@ mod tests {
     }
 
     #[test]
+    fn a_single_voter_says_nothing_in_a_term_that_is_not_on_disk() {
+        // It is elected, appends and speaks to the learner, all in one Ready.
+        let (disk, membership) = (MemoryDisk::new(), voter_and_learner());
+        let mut core = core_on(log_on(&disk, 1, &membership), 1, &membership);
+        core.campaign();
+        assert!(core.is_leader());
+        let mut put = Put::default();
+        disk.fail(Some(Operation::Sync), 1, Failure::Error);
+        core.process_ready(&mut put).expect_err("its term can't be written");
+        assert_eq!(put.sent, []);
+        // The same with a disk that works, or there would have been nothing to say.
+        drop(core);
+        disk.crash(1);
+        let mut core = core_on(log_on(&disk, 1, &membership), 1, &membership);
+        core.campaign();
+        core.process_ready(&mut put).unwrap();
+        assert!(put.sent.contains(&MessageType::MsgAppend), "{:?}", put.sent);
+    }
+
+    #[test]
     fn behind_an_older_snapshot_the_next_one_waits_for_the_newest_marker() {
-        let membership = founders(1);
-        let mut log = log(&membership);
+        let membership = Arc::new(founders(1));
+        let mut log = log_on(&MemoryDisk::new(), 1, &membership);
         let entry = |index| Entry { index, term: 1, ..Entry::default() };
         let entries: Vec<Entry> = (2..=30).map(entry).collect();
         let marker = Marker { index: 20, term: 1, conf_state: membership.conf_state.clone() };
@@ -913,7 +920,7 @@ mod tests {
         log.write(&Batch { marker: None, entries: &entries, hard_state: Some(&hard_state) }, true).unwrap();
         log.write(&Batch { marker: Some(&marker), entries: &[], hard_state: None }, true).unwrap();
         // The snapshot of 20 is damaged: the node has begun with that of the founding.
-        let mut core = core(log, membership.clone());
+        let mut core = core_on(log, 1, &membership);
         let mut put = Put::default();
         core.process_ready(&mut put).unwrap();
         assert_eq!(put.handed_out, 30);
@@ -927,34 +934,11 @@ mod tests {
 #[cfg(test)]
 mod removal_tests {
     use super::*;
-    use crate::disk::Disk;
-    use crate::membership::ClusterId;
+    use crate::fixtures::{core_on, founders, log_on};
     use crate::memory_disk::MemoryDisk;
-    use crate::raft_log::{LogIdentity, LogOptions};
-
-    fn two() -> Membership {
-        Membership::founding((1..=2).map(|id| (id, format!("http://127.0.0.1:{id}"))))
-    }
 
     fn open(disk: &MemoryDisk, id: NodeId) -> RaftCore {
-        let disk: Arc<dyn Disk> = Arc::new(disk.clone());
-        let identity = LogIdentity { cluster: ClusterId([1; 16]), node: id, directory: id.into() };
-        let log = if RaftLog::exists(&*disk).unwrap() {
-            RaftLog::open(disk, identity, LogOptions::default())
-        } else {
-            let marker = Marker { index: FOUNDING_INDEX, term: FOUNDING_TERM, conf_state: two().conf_state };
-            let hard_state = HardState { term: FOUNDING_TERM, commit: FOUNDING_INDEX, ..HardState::default() };
-            RaftLog::create(disk, identity, LogOptions::default(), marker, hard_state)
-        };
-        let options = CoreOptions {
-            id,
-            election_ticks: 10,
-            election_seed: id,
-            membership: Arc::new(two()),
-            snapshot_index: FOUNDING_INDEX,
-            logger: slog::Logger::root(slog::Discard, slog::o!()),
-        };
-        RaftCore::open(log.unwrap(), options).unwrap()
+        core_on(log_on(disk, id, &founders(2)), id, &founders(2))
     }
 
     /// Takes messages, and nothing else.

@@ -919,13 +919,9 @@ mod tests {
 
     use super::*;
     use crate::command::Condition;
-    use crate::disk::Disk;
-    use crate::membership::ClusterId;
+    use crate::fixtures::{ELECTION_TICKS, core_on, founders, log_on, voter_and_learner, write_committed};
     use crate::memory_disk::MemoryDisk;
-    use crate::raft_core::{CoreOptions, FOUNDING_INDEX, FOUNDING_TERM};
-    use crate::raft_log::{Batch, LogIdentity, LogOptions, Marker, RaftLog};
-
-    const ELECTION_TICKS: usize = 10;
+    use crate::raft_core::{FOUNDING_INDEX, FOUNDING_TERM};
 
     /// Keeps what a replica puts out.
     #[derive(Default)]
@@ -933,6 +929,10 @@ mod tests {
         sent: Vec<(NodeId, PeerMessage)>,
         answers: Vec<(u32, Answer)>,
         applied: Vec<Apply<u32>>,
+        /// Peers to whom a snapshot was sent.
+        snapshots: Vec<NodeId>,
+        /// Set where some are to be expected.
+        offences: Option<Vec<NodeId>>,
     }
 
     impl Host<u32> for Kept {
@@ -941,8 +941,9 @@ mod tests {
             true
         }
 
-        fn send_snapshot(&mut self, _to: NodeId, _message: Message) -> bool {
-            false
+        fn send_snapshot(&mut self, to: NodeId, _message: Message) -> bool {
+            self.snapshots.push(to);
+            true
         }
 
         fn apply(&mut self, apply: Apply<u32>) {
@@ -954,7 +955,7 @@ mod tests {
         }
 
         fn offended(&mut self, from: NodeId, offence: Offence) {
-            panic!("{offence} of {from}");
+            self.offences.as_mut().unwrap_or_else(|| panic!("{offence} of {from}")).push(from);
         }
     }
 
@@ -975,25 +976,13 @@ mod tests {
 
     /// A replica that starts with these entries in its log, all of them committed.
     fn replica_with(id: NodeId, members: u64, entries: &[Entry]) -> Replica<u32> {
-        let membership = Membership::founding((1..=members).map(|id| (id, format!("http://127.0.0.1:1238{id}"))));
-        let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
-        let identity = LogIdentity { cluster: ClusterId([1; 16]), node: id, directory: 1 };
-        let marker = Marker { index: FOUNDING_INDEX, term: FOUNDING_TERM, conf_state: membership.conf_state.clone() };
-        let hard_state = raft::eraftpb::HardState { term: FOUNDING_TERM, commit: FOUNDING_INDEX, ..Default::default() };
-        let mut log = RaftLog::create(disk, identity, LogOptions::default(), marker, hard_state).unwrap();
-        if let Some(last) = entries.last() {
-            let hard_state = raft::eraftpb::HardState { term: last.term, commit: last.index, ..Default::default() };
-            log.write(&Batch { marker: None, entries, hard_state: Some(&hard_state) }, true).unwrap();
-        }
-        let options = CoreOptions {
-            id,
-            election_ticks: ELECTION_TICKS,
-            election_seed: 1,
-            membership: Arc::new(membership),
-            snapshot_index: FOUNDING_INDEX,
-            logger: slog::Logger::root(slog::Discard, slog::o!()),
-        };
-        Replica::new(RaftCore::open(log, options).unwrap(), 9, ELECTION_TICKS)
+        replica_of(id, &founders(members), entries)
+    }
+
+    fn replica_of(id: NodeId, founding: &Membership, entries: &[Entry]) -> Replica<u32> {
+        let mut log = log_on(&MemoryDisk::new(), id, founding);
+        write_committed(&mut log, entries);
+        Replica::new(core_on(log, id, founding), 9, ELECTION_TICKS)
     }
 
     /// A follower of member 2.
@@ -1113,5 +1102,96 @@ mod tests {
         assert!(kept.answers.is_empty() && !replica.is_idle(), "{:?}", kept.answers);
         replica.tick(LATER, &mut kept);
         assert!(matches!(&kept.answers[..], [(1, Answer::Write(WriteReply::Unknown(_)))]), "{:?}", kept.answers);
+    }
+    fn id(node: NodeId, sequence: u64) -> RequestId {
+        RequestId { node, boot: 1, sequence }
+    }
+
+    /// A replica that votes alone, and leads.
+    fn leader_of(founding: &Membership, entries: &[Entry]) -> (Replica<u32>, Kept) {
+        let (mut leader, mut kept) = (replica_of(1, founding, entries), Kept::default());
+        while leader.process(&mut kept).unwrap() {}
+        assert!(leader.core().is_leader());
+        (leader, kept)
+    }
+
+    #[test]
+    fn a_forward_that_would_end_every_node_is_in_no_log() {
+        let (mut leader, mut kept) = leader_of(&founders(1), &[]);
+        let last_index = leader.core().last_index();
+        let (good, undecodable) = (put(), Bytes::from_static(b"no command"));
+        let too_long = Bytes::from(vec![0; COMMAND_BYTES_MAX + 1]);
+        for (from, data) in [(2, undecodable), (2, Bytes::new()), (2, too_long), (3, good.clone())] {
+            kept.offences = Some(Vec::new());
+            // A sound one beside it does not help.
+            let sound = ForwardedWrite { id: id(2, 1), data: good.clone() };
+            let writes = vec![sound, ForwardedWrite { id: id(from, 2), data }];
+            leader.peer(2, PeerMessage::Forward(writes), &mut kept).unwrap();
+            leader.process(&mut kept).unwrap();
+            assert_eq!(kept.offences.take(), Some(vec![2]));
+            assert_eq!(leader.core().last_index(), last_index);
+        }
+        let writes = vec![ForwardedWrite { id: id(2, 1), data: good }];
+        leader.peer(2, PeerMessage::Forward(writes), &mut kept).unwrap();
+        leader.process(&mut kept).unwrap();
+        assert_eq!(leader.core().last_index(), last_index + 1);
+    }
+
+    #[test]
+    fn a_confirmed_read_whose_index_does_not_come_is_refused_at_its_deadline() {
+        let (mut replica, mut kept) = follower();
+        let second = Duration::from_secs(1);
+        replica.read(second, 1, &mut kept);
+        replica.read(2 * second, 2, &mut kept);
+        replica.process(&mut kept).unwrap();
+        let asked = std::mem::take(&mut kept.sent).into_iter().find_map(|(_, message)| match message {
+            PeerMessage::Raft(message) if message.msg_type == MessageType::MsgReadIndex => Some(message),
+            _ => None,
+        });
+        let mut answer = asked.expect("a follower asks its leader");
+        (answer.msg_type, answer.from, answer.to) = (MessageType::MsgReadIndexResp, 2, 1);
+        // Far behind what this node has: a snapshot is on its way, say.
+        (answer.term, answer.index) = (5, 1000);
+        replica.peer(2, PeerMessage::Raft(answer), &mut kept).unwrap();
+        replica.process(&mut kept).unwrap();
+        assert!(replica.reads.waiting.is_empty() && replica.reads.confirmed.len() == 1);
+        for (now, answered) in [(second / 2, 0), (second, 1), (second * 3 / 2, 1), (2 * second, 2)] {
+            replica.tick(now, &mut kept);
+            assert_eq!(kept.answers.len(), answered, "at {now:?}");
+        }
+        assert_eq!(kept.answers, [(1, Answer::Read(Refusal::NoLeader)), (2, Answer::Read(Refusal::NoLeader))]);
+        assert!(replica.is_idle() && kept.applied.iter().all(|apply| !matches!(apply, Apply::Reads(_))));
+    }
+
+    #[test]
+    fn entries_behind_a_snapshot_are_kept_for_the_follower_that_is_sent_it_up_to_a_bound() {
+        let last = FOUNDING_INDEX + HELD_BACK_ENTRIES_MAX + 1000;
+        let entry = |index| Entry { index, term: FOUNDING_TERM, ..Entry::default() };
+        let entries: Vec<Entry> = (FOUNDING_INDEX + 1..=last).map(entry).collect();
+        let membership = voter_and_learner();
+        let (mut leader, mut kept) = leader_of(&membership, &entries);
+        // The learner has nothing at all, and the log begins behind the founding state: it is sent that as a snapshot.
+        let (term, last_index) = (leader.core().term(), leader.core().last_index());
+        let mut nothing =
+            Message { msg_type: MessageType::MsgAppendResponse, from: 2, to: 1, term, ..Message::default() };
+        (nothing.index, nothing.reject, nothing.reject_hint) = (last_index - 1, true, 0);
+        leader.peer(2, PeerMessage::Raft(nothing), &mut kept).unwrap();
+        leader.process(&mut kept).unwrap();
+        assert_eq!(kept.snapshots, [2]);
+
+        let membership = Arc::new(membership);
+        let compact_to = |leader: &mut Replica<u32>, index| {
+            leader.snapshot_written(index, membership.clone(), index).unwrap();
+            leader.core().log().first_index()
+        };
+        assert_eq!(compact_to(&mut leader, 100), FOUNDING_INDEX + 1, "what it needs next is kept");
+        let bound = |index| index - HELD_BACK_ENTRIES_MAX + 1;
+        assert_eq!(compact_to(&mut leader, last - 500), bound(last - 500), "but not without end");
+        leader.snapshot_sent(2, true);
+        assert_eq!(compact_to(&mut leader, last - 400), bound(last - 400), "it has to load it");
+        for _ in 0..=RESTORING_ELECTION_TIMEOUTS * ELECTION_TICKS as u64 {
+            leader.tick(Duration::ZERO, &mut kept);
+        }
+        assert_eq!(compact_to(&mut leader, last - 300), last - 300 + 1, "and no longer than that takes");
     }
 }

@@ -634,10 +634,9 @@ mod tests {
 
     use super::*;
     use crate::command::{Command, Condition, Kind, RequestId, Tags, Token};
+    use crate::fixtures::CLUSTER;
     use crate::membership::Member;
     use crate::store::Outcome;
-
-    const CLUSTER: ClusterId = ClusterId(*b"sixteen byte id!");
 
     fn membership() -> Arc<Membership> {
         let mut membership = Membership::default();

@@ -3,17 +3,12 @@
 use std::time::Duration;
 
 use super::*;
+use crate::fixtures::{self, CLUSTER};
 use crate::memory_disk::{Failure, MemoryDisk, Operation};
 use crate::store::StateMachine;
 
 /// Within which everything here happens, on a busy machine too.
 const DEADLINE: Duration = Duration::from_secs(60);
-
-const CLUSTER: ClusterId = ClusterId([1; 16]);
-
-fn founders() -> Arc<Membership> {
-    Arc::new(Membership::founding((1..=3).map(|id| (id, format!("http://127.0.0.1:1238{id}")))))
-}
 
 #[track_caller]
 fn wait_until(condition: impl Fn() -> bool) {
@@ -24,10 +19,14 @@ fn wait_until(condition: impl Fn() -> bool) {
     }
 }
 
+fn three() -> Arc<Membership> {
+    Arc::new(fixtures::founders(3))
+}
+
 /// A snapshot of so many keys as it travels, and its header.
 fn snapshot_of(keys: u64) -> (SnapshotHeader, Vec<u8>) {
     let mut file = Vec::new();
-    crate::snapshot::write(&StateMachine::with_keys(keys).capture(founders()), CLUSTER, &mut file).unwrap();
+    crate::snapshot::write(&StateMachine::with_keys(keys).capture(three()), CLUSTER, &mut file).unwrap();
     (SnapshotHeader { index: keys, term: 1, leader_term: 1, bytes: file.len() as u64 }, file)
 }
 
@@ -80,7 +79,7 @@ fn a_directory_that_cannot_be_synced_behind_a_snapshot_ends_the_node() {
     assert!(matches!(driver.try_recv(), Ok(Event::Failed(reason)) if reason.contains("failed to sync the directory")));
 
     let (orders_tx, orders) = bounded(CAPTURES_MAX);
-    let capture = Box::new(StateMachine::with_keys(10).capture(founders()));
+    let capture = Box::new(StateMachine::with_keys(10).capture(three()));
     let (reply, replies) = bounded(1);
     orders_tx.send(ToSnapshotter::Write(capture, Some(reply))).unwrap();
     disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
@@ -163,7 +162,7 @@ fn the_applier_neither_reads_nor_frees_a_large_state() {
     thread::scope(|scope| {
         let applier = scope.spawn(|| applier.run());
         let started = Instant::now();
-        let restore = Apply::Restore { index: keys + 1, membership: founders(), state: Box::new(state) };
+        let restore = Apply::Restore { index: keys + 1, membership: three(), state: Box::new(state) };
         batches.send(ToApplier::Batch(vec![restore, Apply::Reads(vec![reply])])).unwrap();
         let Ok(Reply::Read(Ok(version))) = replies.recv_timeout(DEADLINE) else { panic!("a read is answered") };
         println!("{keys} keys were replaced in {:?}", started.elapsed());
@@ -191,7 +190,7 @@ fn applier(state: StateMachine) -> Appliers {
     let (batches_tx, batches) = bounded(APPLY_BATCHES_MAX);
     let (snapshotter, _orders) = bounded(CAPTURES_MAX);
     let captured = state.applied_index();
-    let applier = Applier::new(state, founders());
+    let applier = Applier::new(state, three());
     let published = Arc::new(ArcSwap::from_pointee(applier.version()));
     let applier = ApplierThread {
         applier,
