@@ -17,11 +17,13 @@ mod tests;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crate::http::{Admission, Body, Head, Method, Response, Service, StatusCode};
-use crate::message::Backend;
+use crate::http::{Admission, Begun, Body, Caller, Head, Method, Response, Service, StatusCode};
+use crate::message::{ANSWER_GRACE, Backend, ClientRequest, Reply, ReplyTo};
 
+use self::keys::Waiting;
 use self::problem::Problem;
 use self::request::{Request, is_write};
+use self::target::Consistency;
 
 /// Bytes of a request line beside the keys in it: method, version, and the parameters that are short.
 const REQUEST_LINE_BYTES_BESIDE_KEYS: usize = 1024;
@@ -54,6 +56,9 @@ pub struct Api<B: Backend> {
     backend: B,
     limits: Limits,
 }
+
+/// What is kept of a request that waits for its reply.
+pub struct Pending(Waiting);
 
 impl<B: Backend> Api<B> {
     /// The API of the node behind `backend`.
@@ -104,6 +109,9 @@ impl<B: Backend> Api<B> {
 
 impl<B: Backend> Service for Api<B> {
     type Session = B::Session;
+    type Turn = Vec<ClientRequest>;
+    type Pending = Pending;
+    type Reply = Reply;
 
     fn session(&self, _peer: SocketAddr) -> Self::Session {
         self.backend.session()
@@ -131,6 +139,48 @@ impl<B: Backend> Service for Api<B> {
         Request::parse(head, &self.limits)
             .and_then(|request| self.dispatch(session, head, request, &body))
             .unwrap_or_else(|problem| answer::problem(&problem, is_write(head.method())))
+    }
+
+    fn begin(
+        &self,
+        turn: &mut Vec<ClientRequest>,
+        head: &Head<'_>,
+        body: &[u8],
+        caller: Caller<Reply>,
+    ) -> Begun<Pending> {
+        // What is wrong with a request is said in one place, on a thread.
+        let Ok(request) = Request::parse(head, &self.limits) else { return Begun::ForThread };
+        if body.len() > request.body_bytes_max(&self.limits) {
+            return Begun::ForThread;
+        }
+        let (waiting, command) = match request {
+            Request::GetKey { key, query, condition } if query.after_index.is_none() => {
+                if query.consistency == Consistency::Stale {
+                    return Begun::Answered(keys::answer_read(&self.backend.stale(), &key, &condition));
+                }
+                (Waiting::Read { key: key.into_owned(), condition }, None)
+            }
+            Request::PutKey { key, condition, idempotency_key } => {
+                let (command, repeatable) = keys::put_command(&key, body, &condition, idempotency_key);
+                (Waiting::Write { repeatable }, Some(command))
+            }
+            Request::DeleteKey { key, condition, idempotency_key } => {
+                let (command, repeatable) = keys::delete_command(&key, condition, idempotency_key);
+                (Waiting::Write { repeatable }, Some(command))
+            }
+            _ => return Begun::ForThread,
+        };
+        let deadline = self.deadline();
+        turn.push(ClientRequest { command: command.map(Into::into), deadline, reply: ReplyTo::Loop(caller) });
+        Begun::Waits(Pending(waiting), deadline + ANSWER_GRACE)
+    }
+
+    fn submit(&self, turn: &mut Vec<ClientRequest>) {
+        self.backend.submit(turn);
+    }
+
+    fn finish(&self, pending: Pending, reply: Option<Reply>) -> Response {
+        keys::answer_waiting(pending.0, reply)
     }
 
     fn fault(&self, status: StatusCode, detail: &str) -> Response {

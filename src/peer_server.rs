@@ -6,6 +6,7 @@
 //! said it would be; nothing of that frame, or behind it, is delivered.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt;
 use std::io::Read;
 use std::net::SocketAddr;
@@ -15,7 +16,9 @@ use std::time::Duration;
 
 use log::{debug, info, warn};
 
-use crate::http::{Admission, Body, Head, Header, Limits, Method, Response, Service, StatusCode, respond};
+use crate::http::{
+    Admission, Begun, Body, Caller, Head, Header, Limits, Method, Response, Service, StatusCode, respond,
+};
 use crate::membership::NodeId;
 use crate::peer_protocol::{
     FrameError, FrameReader, HELLO_BYTES_MAX, HELLO_HEADER, HELLO_PATH, Hello, HelloAnswer, HelloRefusal, Lane,
@@ -314,6 +317,9 @@ impl<I: PeerInbox> PeerServer<I> {
 
 impl<I: PeerInbox> Service for PeerServer<I> {
     type Session = PeerSession;
+    type Turn = ();
+    type Pending = Infallible;
+    type Reply = Infallible;
 
     fn session(&self, _peer: SocketAddr) -> PeerSession {
         PeerSession::default()
@@ -332,6 +338,17 @@ impl<I: PeerInbox> Service for PeerServer<I> {
             }
             Err(response) => Admission::Answer(response),
         }
+    }
+
+    /// Not asked: all that peers send takes long.
+    fn begin(&self, (): &mut (), _: &Head<'_>, _: &[u8], _: Caller<Infallible>) -> Begun<Infallible> {
+        Begun::ForThread
+    }
+
+    fn submit(&self, (): &mut ()) {}
+
+    fn finish(&self, pending: Infallible, _: Option<Infallible>) -> Response {
+        match pending {}
     }
 
     fn answer(&self, session: &mut PeerSession, _head: &Head<'_>, body: Body<'_>) -> Response {
