@@ -54,7 +54,7 @@ pub struct Applier {
     state: StateMachine,
     membership: Arc<Membership>,
     /// What received snapshots have replaced.
-    replaced: Vec<Box<Replacement>>,
+    replaced: Vec<Replacement>,
 }
 
 impl Applier {
@@ -85,7 +85,7 @@ impl Applier {
                 state.replace(&mut self.state);
                 assert_eq!(self.state.applied_index(), index, "a snapshot holds the state at its index");
                 self.membership = membership;
-                self.replaced.push(state);
+                self.replaced.push(*state);
                 fail_point("restore-after");
             }
             Apply::Admin(waiter) => done.push((waiter, Done::Admin(self.membership.clone()))),

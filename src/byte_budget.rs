@@ -88,7 +88,7 @@ mod tests {
     use std::thread;
     use std::time::Duration;
 
-    use crossbeam_channel::unbounded;
+    use crossbeam_channel::bounded;
 
     use super::*;
 
@@ -108,7 +108,7 @@ mod tests {
         let budget = ByteBudget::new(100);
         let first = budget.take(60).unwrap();
         let second = budget.take(40).unwrap();
-        let (served_tx, served) = unbounded();
+        let (served_tx, served) = bounded(3);
         thread::scope(|scope| {
             for (number, bytes) in [(3, 250), (4, 1), (5, 100)] {
                 let (served, budget) = (served_tx.clone(), &budget);

@@ -808,7 +808,7 @@ mod tests {
             let files = SnapshotFiles::new(Arc::new(disk.clone()), cluster);
             for _ in 0..2 {
                 disk.fail(Some(operation), 1, Failure::Error);
-                assert!(!files.write(&capture).err().expect("it fails").is_fatal(), "{operation:?}");
+                assert!(!files.write(&capture).expect_err("it fails").is_fatal(), "{operation:?}");
                 disk.fail(Some(operation), 1, Failure::Error);
                 assert!(!files.receive(9, 1, &mut &whole[..]).err().expect("it fails").is_fatal(), "{operation:?}");
             }
@@ -817,7 +817,7 @@ mod tests {
         let disk = MemoryDisk::new();
         let files = SnapshotFiles::new(Arc::new(disk.clone()), cluster);
         disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
-        assert!(files.write(&capture).err().expect("it fails").is_fatal());
+        assert!(files.write(&capture).expect_err("it fails").is_fatal());
         disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
         assert!(files.receive(9, 1, &mut &whole[..]).err().expect("it fails").is_fatal());
     }

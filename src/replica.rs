@@ -1015,7 +1015,7 @@ mod tests {
     #[test]
     fn a_long_log_that_is_read_back_at_a_start_is_handed_out_in_bounded_pieces() {
         // More than twice what one call may hand out.
-        const ENTRIES: u64 = 3 * HANDED_OUT_BYTES_MAX >> 20;
+        const ENTRIES: u64 = 3 * (HANDED_OUT_BYTES_MAX >> 20);
         let value = Bytes::from(vec![7; 1 << 20]);
         let put = Command::Put { key: Bytes::from_static(b"key"), value, condition: Condition::default(), token: None };
         let data = Bytes::from(put.encode());
