@@ -35,6 +35,7 @@ struct Acquaintance {
 pub struct Acquaintances {
     disk: Arc<dyn Disk>,
     met: BTreeMap<NodeId, Acquaintance>,
+    failed: Option<String>,
 }
 
 /// What a peer must at least have, from its messages since this node started.
@@ -66,7 +67,7 @@ impl Acquaintances {
             };
             met = decode().map_err(|error| DataError::Unusable(format!("the data directory has a {error}")))?;
         }
-        Ok(Acquaintances { disk, met })
+        Ok(Acquaintances { disk, met, failed: None })
     }
 
     /// Meets a peer: remembers it, durably, when this returns `Ok`.
@@ -101,8 +102,14 @@ impl Acquaintances {
         self.write().map_err(|error| {
             self.met.remove(&hello.from);
             self.met.extend(known.map(|known| (hello.from, known)));
+            self.failed = self.failed.take().or_else(|| error.is_fatal().then(|| error.to_string()));
             HelloRefusal::NotReady(error.to_string())
         })
+    }
+
+    /// Why this node has to end, if [`Self::meet`] found that: see [`DataError::is_fatal`].
+    pub fn failed(&self) -> Option<&str> {
+        self.failed.as_deref()
     }
 
     /// The data directory of a peer, if it was met.
@@ -125,7 +132,8 @@ impl Acquaintances {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory_disk::MemoryDisk;
+    use crate::fixtures::founders;
+    use crate::memory_disk::{Failure, MemoryDisk, Operation};
     use crate::peer_protocol::{LogPosition, NodeIdentity};
 
     /// From the run that the boot counter gives this number.
@@ -138,14 +146,10 @@ mod tests {
         Hello::new(&me, 1, &position)
     }
 
-    fn three() -> Membership {
-        Membership::founding((1..=3).map(|id| (id, format!("http://127.0.0.1:{id}"))))
-    }
-
     #[test]
     fn another_directory_is_refused_also_after_a_restart() {
         let disk = MemoryDisk::new();
-        let membership = three();
+        let membership = founders(3);
         let mut met = Acquaintances::open(Arc::new(disk.clone())).unwrap();
         met.meet(&hello(7, 1, 1, 1), Promises::default(), &membership).unwrap();
         disk.crash(3);
@@ -157,8 +161,21 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_that_cannot_be_synced_ends_the_node_and_a_full_disk_does_not() {
+        let (disk, membership) = (MemoryDisk::new(), founders(3));
+        let mut met = Acquaintances::open(Arc::new(disk.clone())).unwrap();
+        let meet = |met: &mut Acquaintances| met.meet(&hello(7, 1, 1, 1), Promises::default(), &membership);
+        disk.fail(Some(Operation::Sync), 1, Failure::Error);
+        assert!(matches!(meet(&mut met), Err(HelloRefusal::NotReady(_))));
+        assert_eq!(met.failed(), None, "nothing counts on a temporary file");
+        disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
+        assert!(matches!(meet(&mut met), Err(HelloRefusal::NotReady(_))));
+        assert!(met.failed().is_some_and(|reason| reason.contains("sync the directory of 'peers'")));
+    }
+
+    #[test]
     fn the_committed_directory_counts_without_a_meeting() {
-        let membership = three().with_directory(2, 7).unwrap();
+        let membership = founders(3).with_directory(2, 7).unwrap();
         let mut met = Acquaintances::open(Arc::new(MemoryDisk::new())).unwrap();
         let refused = met.meet(&hello(8, 1, 1, 1), Promises::default(), &membership);
         assert_eq!(refused, Err(HelloRefusal::OtherDirectory));
@@ -166,7 +183,7 @@ mod tests {
 
     #[test]
     fn an_older_copy_is_refused_by_boot_term_and_acknowledged_index() {
-        let membership = three();
+        let membership = founders(3);
         let mut met = Acquaintances::open(Arc::new(MemoryDisk::new())).unwrap();
         met.meet(&hello(7, 5, 3, 10), Promises::default(), &membership).unwrap();
         let promises = Promises { term: 4, acknowledged: Some((4, 20)) };

@@ -15,7 +15,7 @@ use crate::fail_point::fail_point;
 use crate::membership::Membership;
 use crate::message::WriteReply;
 use crate::replica::Apply;
-use crate::store::{Applied, Capture, StateMachine, Version};
+use crate::store::{Applied, Capture, Replacement, StateMachine, Version};
 
 /// How long after a snapshot that could not be written the next attempt is made: the disk is mostly full then, and what
 /// is full stays so for a while.
@@ -42,50 +42,34 @@ pub enum ApplyError {
         /// What is wrong with it.
         source: CommandError,
     },
-    /// A received snapshot can't be loaded.
-    Restore {
-        /// The snapshot's index.
-        index: u64,
-        /// What is wrong with it.
-        reason: String,
-    },
 }
 
 impl fmt::Display for ApplyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ApplyError::Command { index, source } => write!(f, "failed to apply the committed entry {index}: {source}"),
-            ApplyError::Restore { index, reason } => {
-                write!(f, "failed to load the snapshot of index {index}: {reason}")
-            }
         }
     }
 }
 
 impl std::error::Error for ApplyError {}
 
-/// Loads the state that a received snapshot holds, by its index.
-pub type LoadSnapshot<'a> = &'a mut dyn FnMut(u64) -> Result<StateMachine, String>;
-
 /// The state machine with what a snapshot of it needs. No thread of its own: see [`crate::node`].
 pub struct Applier {
     state: StateMachine,
     membership: Arc<Membership>,
+    /// What received snapshots have replaced.
+    replaced: Vec<Replacement>,
 }
 
 impl Applier {
     /// An applier that continues `state`, reached under `membership`.
     pub fn new(state: StateMachine, membership: Arc<Membership>) -> Applier {
-        Applier { state, membership }
+        Applier { state, membership, replaced: Vec::new() }
     }
 
     /// Applies one item. Who waits for it is put into `done`, to be told after [`Self::version`] is published.
-    pub fn apply<W>(
-        &mut self,
-        apply: Apply<W>,
-        load: LoadSnapshot<'_>,
-        done: &mut Vec<(W, Done)>,
-    ) -> Result<(), ApplyError> {
+    pub fn apply<W>(&mut self, apply: Apply<W>, done: &mut Vec<(W, Done)>) -> Result<(), ApplyError> {
         match apply {
             Apply::Command { index, term, id, command, waiter } => {
                 let applied = self.command(index, term, id, &command)?;
@@ -101,10 +85,12 @@ impl Applier {
                 }
                 self.membership = membership;
             }
-            Apply::Restore { index, membership } => {
+            Apply::Restore { index, membership, mut state } => {
                 fail_point("restore-before");
-                self.state = load(index).map_err(|reason| ApplyError::Restore { index, reason })?;
+                state.replace(&mut self.state);
+                assert_eq!(self.state.applied_index(), index, "a snapshot holds the state at its index");
                 self.membership = membership;
+                self.replaced.push(*state);
                 fail_point("restore-after");
             }
             Apply::Admin(waiter) => done.push((waiter, Done::Admin(self.membership.clone()))),
@@ -121,6 +107,12 @@ impl Applier {
     /// The state as it is now, immutable and cheap.
     pub fn version(&self) -> Version {
         self.state.version()
+    }
+
+    /// Lets go of the states that snapshots have replaced, once no version of them is published any more: whoever lets
+    /// go last of a large state spends time on freeing it, and that should be the thread it goes back to.
+    pub fn forget_replaced(&mut self) {
+        self.replaced.clear();
     }
 
     /// The index of the last entry applied.

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use raft::eraftpb::HardState;
 
 use crate::codec::{self, Fields};
-use crate::disk::{Disk, DiskFile, remove_if_there, write_atomically};
+use crate::disk::{self, Disk, DiskFile, remove_if_there};
 use crate::fail_point::fail_point;
 use crate::membership::{ClusterId, Membership, NodeId};
 use crate::message::SnapshotInfo;
@@ -100,6 +100,13 @@ pub enum DataError {
         /// The cause.
         source: io::Error,
     },
+    /// A file is in its place, and the directory could not be synced. Ends the node, see [`DataError::is_fatal`].
+    Unsynced {
+        /// The file.
+        name: String,
+        /// The cause.
+        source: io::Error,
+    },
     /// The log can't be used.
     Log(Box<LogError>),
     /// Something does not fit; the text says what, and the way out.
@@ -107,6 +114,14 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// Whether the node has to end. Most failures leave what counts as it was: a file that can't be completed or synced
+    /// is removed, and nobody has counted on it. But after a failed sync of the directory nobody knows which names are
+    /// durable, and the system reports it once: a later sync for another file, such as the log's next segment, may
+    /// succeed although this one is lost.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, DataError::Unsynced { .. })
+    }
+
     /// Whether the disk was full.
     pub fn is_full(&self) -> bool {
         match self {
@@ -123,6 +138,11 @@ impl fmt::Display for DataError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             DataError::Io { what, source } => write!(f, "failed to {what}: {source}"),
+            DataError::Unsynced { name, source } => write!(
+                f,
+                "failed to sync the directory of '{name}': {source}; what it holds is in doubt: check the disk, and start \
+                 the node again"
+            ),
             DataError::Log(source) => write!(f, "{source}"),
             DataError::Unusable(reason) => f.write_str(reason),
         }
@@ -299,7 +319,13 @@ pub(crate) fn seal(content: &[u8]) -> Vec<u8> {
 
 /// Writes a small sealed file so that it is there whole, or as it was.
 pub(crate) fn write_sealed(disk: &Arc<dyn Disk>, name: &str, sealed: Vec<u8>) -> Result<(), DataError> {
-    write_atomically(&**disk, name, &sealed).map_err(io_error(format!("write '{name}'")))
+    disk::replace(&**disk, name, &sealed).map_err(io_error(format!("write '{name}'")))?;
+    sync_name(&**disk, name)
+}
+
+/// Makes the name of a file durable that was just put in place.
+fn sync_name(disk: &dyn Disk, name: &str) -> Result<(), DataError> {
+    disk.sync_directory().map_err(|source| DataError::Unsynced { name: name.to_owned(), source })
 }
 
 /// Reads the content of a small sealed file; `None` if there is no such file.
@@ -383,6 +409,16 @@ fn read_full(file: &dyn DiskFile, buffer: &mut [u8], offset: u64) -> io::Result<
     Ok(got)
 }
 
+/// A snapshot that a peer has sent: in place, durable, and read.
+pub struct Received {
+    /// The state that it holds.
+    pub state: StateMachine,
+    /// The membership that it holds.
+    pub membership: Arc<Membership>,
+    /// Its index and size.
+    pub info: SnapshotInfo,
+}
+
 /// The snapshot files of one data directory.
 #[derive(Clone)]
 pub struct SnapshotFiles {
@@ -416,7 +452,7 @@ impl SnapshotFiles {
         fail_point("snapshot-rename-before");
         self.rename(&temporary, &name)?;
         fail_point("snapshot-rename-after");
-        self.sync_name(&name)?;
+        sync_name(&*self.disk, &name)?;
         fail_point("snapshot-directory-synced");
         Ok(SnapshotInfo { index: capture.index(), bytes })
     }
@@ -434,8 +470,11 @@ impl SnapshotFiles {
         Err(DataError::Io { what: format!("write {name}"), source })
     }
 
-    /// Stores the snapshot of `index` that a peer sends, checks every byte of it, and puts it in place only then.
-    pub fn receive(&self, index: u64, body: &mut dyn Read) -> Result<(Arc<Membership>, SnapshotInfo), DataError> {
+    /// Stores the snapshot of `index` that a peer sends, reads it back, and puts it in place only then.
+    ///
+    /// # Errors
+    /// If that fails; if it is not whole; or if it is not the state of this cluster at this index and `term`.
+    pub fn receive(&self, index: u64, term: u64, body: &mut dyn Read) -> Result<Received, DataError> {
         let name = Self::name(index);
         let temporary = format!("{name}.received{TEMPORARY}");
         fail_point("receive-before");
@@ -443,13 +482,20 @@ impl SnapshotFiles {
             let mut pieces = ReceivedPieces(body);
             io::copy(&mut pieces, file).map(drop)
         })?;
-        match self.verify(&temporary, index) {
-            Ok(membership) => {
+        let loaded = self.load_from(&temporary, index).and_then(|contents| match contents.header.term == term {
+            true => Ok(contents),
+            false => Err(DataError::Unusable(format!(
+                "the snapshot {name} is of term {}, and was announced with term {term}",
+                contents.header.term
+            ))),
+        });
+        match loaded {
+            Ok(snapshot::Contents { state, membership, .. }) => {
                 fail_point("receive-verified");
                 self.rename(&temporary, &name)?;
-                self.sync_name(&name)?;
+                sync_name(&*self.disk, &name)?;
                 fail_point("receive-in-place");
-                Ok((Arc::new(membership), SnapshotInfo { index, bytes }))
+                Ok(Received { state, membership: Arc::new(membership), info: SnapshotInfo { index, bytes } })
             }
             Err(error) => {
                 remove_if_there(&*self.disk, &temporary).map_err(io_error(format!("remove {temporary}")))?;
@@ -480,20 +526,6 @@ impl SnapshotFiles {
         self.disk.rename(temporary, name).map_err(io_error(format!("rename {temporary} to {name}")))
     }
 
-    fn sync_name(&self, name: &str) -> Result<(), DataError> {
-        self.disk.sync_directory().map_err(io_error(format!("sync the directory of {name}")))
-    }
-
-    /// Reads a received snapshot and checks every block of it; the membership that it holds.
-    fn verify(&self, name: &str, index: u64) -> Result<Membership, DataError> {
-        let file = self.disk.open(name).map_err(io_error(format!("open the snapshot {name}")))?;
-        let mut source = FileSource { file: &*file, offset: 0, buffer: Vec::new(), position: 0 };
-        let verified = snapshot::verify(&mut source);
-        let (header, membership, _) = verified.map_err(|error| unusable(name, &error))?;
-        self.check_header(name, &header, index)?;
-        Ok(membership)
-    }
-
     fn check_header(&self, name: &str, header: &snapshot::Header, index: u64) -> Result<(), DataError> {
         if (header.cluster, header.index) == (self.cluster, index) {
             return Ok(());
@@ -504,12 +536,16 @@ impl SnapshotFiles {
 
     /// Reads a snapshot and checks every byte of it.
     pub fn load(&self, index: u64) -> Result<(StateMachine, Arc<Membership>), DataError> {
-        let name = Self::name(index);
-        let file = self.disk.open(&name).map_err(io_error(format!("open the snapshot {name}")))?;
-        let mut source = FileSource { file: &*file, offset: 0, buffer: Vec::new(), position: 0 };
-        let contents = snapshot::read(&mut source).map_err(|error| unusable(&name, &error))?;
-        self.check_header(&name, &contents.header, index)?;
+        let contents = self.load_from(&Self::name(index), index)?;
         Ok((contents.state, Arc::new(contents.membership)))
+    }
+
+    fn load_from(&self, name: &str, index: u64) -> Result<snapshot::Contents, DataError> {
+        let file = self.disk.open(name).map_err(io_error(format!("open the snapshot {name}")))?;
+        let mut source = FileSource { file: &*file, offset: 0, buffer: Vec::new(), position: 0 };
+        let contents = snapshot::read(&mut source).map_err(|error| unusable(name, &error))?;
+        self.check_header(name, &contents.header, index)?;
+        Ok(contents)
     }
 
     /// Opens a snapshot to send it; it stays readable when the file is removed meanwhile. Also its size in bytes.
@@ -611,24 +647,20 @@ mod tests {
     use raft::eraftpb::Entry;
 
     use super::*;
-    use crate::memory_disk::MemoryDisk;
+    use crate::fixtures::{CLUSTER, founders};
+    use crate::memory_disk::{Failure, MemoryDisk, Operation};
     use crate::raft_log::Batch;
-
-    fn founders() -> Membership {
-        Membership::founding((1..=3).map(|id| (id, format!("http://127.0.0.1:1238{id}"))))
-    }
 
     /// Segments that a disk in memory need not be asked for.
     const SMALL: LogOptions = LogOptions { segment_bytes: 16 << 10, cache_bytes: 1 << 20 };
 
     fn options(beginning: Beginning) -> OpenOptions {
-        let cluster = ClusterId(*b"sixteen byte id!");
-        OpenOptions { id: 1, cluster, beginning, directory: 7, boot_random: 5, log: SMALL }
+        OpenOptions { id: 1, cluster: CLUSTER, beginning, directory: 7, boot_random: 5, log: SMALL }
     }
 
     fn open_as_founder(disk: &MemoryDisk) -> Result<Opened, DataError> {
         let disk: Arc<dyn Disk> = Arc::new(disk.clone());
-        open(&disk, &options(Beginning::Found(founders())))
+        open(&disk, &options(Beginning::Found(founders(3))))
     }
 
     #[track_caller]
@@ -637,7 +669,7 @@ mod tests {
     }
 
     fn marker(index: u64) -> Marker {
-        Marker { index, term: 1, conf_state: founders().conf_state }
+        Marker { index, term: 1, conf_state: founders(3).conf_state }
     }
 
     fn advance_to(state: &mut StateMachine, index: u64) {
@@ -661,7 +693,7 @@ mod tests {
 
     #[test]
     fn a_founding_is_made_again_until_its_boot_is_counted_wherever_it_is_cut() {
-        for beginning in [Beginning::Found(founders()), Beginning::Join] {
+        for beginning in [Beginning::Found(founders(3)), Beginning::Join] {
             let index = if matches!(beginning, Beginning::Join) { 0 } else { FOUNDING_INDEX };
             for cut in 1.. {
                 let disk = MemoryDisk::new();
@@ -754,38 +786,67 @@ mod tests {
     #[test]
     fn a_received_snapshot_is_put_in_place_only_when_it_is_whole_and_meant() {
         let disk = MemoryDisk::new();
-        let cluster = ClusterId(*b"sixteen byte id!");
+        let cluster = CLUSTER;
         let files = SnapshotFiles::new(Arc::new(disk.clone()), cluster);
         let mut state = StateMachine::new();
         advance_to(&mut state, 9);
-        files.write(&state.capture(Arc::new(founders()))).unwrap();
+        files.write(&state.capture(Arc::new(founders(3)))).unwrap();
         let whole = disk.read_file(&SnapshotFiles::name(9)).unwrap();
         let receiver = MemoryDisk::new();
         let received = SnapshotFiles::new(Arc::new(receiver.clone()), cluster);
         for end in (0..whole.len()).step_by(7) {
-            assert!(received.receive(9, &mut &whole[..end]).is_err(), "cut at {end}");
+            assert!(received.receive(9, 1, &mut &whole[..end]).is_err(), "cut at {end}");
         }
         for place in (0..whole.len()).step_by(5) {
             let mut damaged = whole.clone();
             damaged[place] ^= 1;
-            assert!(received.receive(9, &mut &damaged[..]).is_err(), "damaged at {place}");
+            assert!(received.receive(9, 1, &mut &damaged[..]).is_err(), "damaged at {place}");
         }
-        assert!(received.receive(8, &mut &whole[..]).is_err(), "of another index");
+        assert!(received.receive(8, 1, &mut &whole[..]).is_err(), "of another index");
+        assert!(received.receive(9, 2, &mut &whole[..]).is_err(), "of another term");
         let foreign = SnapshotFiles::new(Arc::new(receiver.clone()), ClusterId([1; 16]));
-        assert!(foreign.receive(9, &mut &whole[..]).is_err(), "of another cluster");
+        assert!(foreign.receive(9, 1, &mut &whole[..]).is_err(), "of another cluster");
         assert_eq!(receiver.list().unwrap(), [] as [String; 0], "nothing of all that is kept");
-        let (membership, info) = received.receive(9, &mut &whole[..]).unwrap();
-        assert_eq!((info.index, info.bytes, &*membership), (9, whole.len() as u64, &founders()));
+        let Received { state, membership, info } = received.receive(9, 1, &mut &whole[..]).unwrap();
+        assert_eq!(state.applied_index(), 9);
+        assert_eq!((info.index, info.bytes, &*membership), (9, whole.len() as u64, &founders(3)));
         assert_eq!(received.load(9).unwrap().0.applied_index(), 9);
+    }
+
+    #[test]
+    fn only_a_failed_sync_of_the_directory_is_fatal() {
+        let cluster = CLUSTER;
+        let mut state = StateMachine::new();
+        advance_to(&mut state, 9);
+        let capture = state.capture(Arc::new(founders(3)));
+        let mut whole = Vec::new();
+        snapshot::write(&capture, cluster, &mut whole).unwrap();
+        for operation in [Operation::Create, Operation::Write, Operation::Sync, Operation::Rename] {
+            let disk = MemoryDisk::new();
+            let files = SnapshotFiles::new(Arc::new(disk.clone()), cluster);
+            for _ in 0..2 {
+                disk.fail(Some(operation), 1, Failure::Error);
+                assert!(!files.write(&capture).expect_err("it fails").is_fatal(), "{operation:?}");
+                disk.fail(Some(operation), 1, Failure::Error);
+                assert!(!files.receive(9, 1, &mut &whole[..]).err().expect("it fails").is_fatal(), "{operation:?}");
+            }
+            files.write(&capture).unwrap();
+        }
+        let disk = MemoryDisk::new();
+        let files = SnapshotFiles::new(Arc::new(disk.clone()), cluster);
+        disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
+        assert!(files.write(&capture).expect_err("it fails").is_fatal());
+        disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
+        assert!(files.receive(9, 1, &mut &whole[..]).err().expect("it fails").is_fatal());
     }
 
     #[test]
     fn a_disk_that_fills_up_under_a_snapshot_keeps_nothing_of_it() {
         let disk = MemoryDisk::new();
-        let files = SnapshotFiles::new(Arc::new(disk.clone()), ClusterId(*b"sixteen byte id!"));
+        let files = SnapshotFiles::new(Arc::new(disk.clone()), CLUSTER);
         let mut state = StateMachine::new();
         advance_to(&mut state, 9);
-        let capture = state.capture(Arc::new(founders()));
+        let capture = state.capture(Arc::new(founders(3)));
         for capacity in [0, 10, 100] {
             disk.set_capacity(Some(capacity));
             assert!(files.write(&capture).unwrap_err().is_full());
@@ -801,19 +862,12 @@ mod tests {
 
     #[test]
     fn many_small_keys_come_back_from_a_real_file() {
-        use crate::command::{Command, Condition, RequestId};
         let keys = std::env::var(KEYS_VARIABLE).ok().map_or(KEYS, |keys| keys.parse().unwrap());
-        let mut state = StateMachine::new();
-        for number in 1..=keys {
-            let key = number.to_le_bytes().to_vec().into();
-            let value = number.to_string().into_bytes().into();
-            let command = Command::Put { key, value, condition: Condition::default(), token: None };
-            state.apply(number, 1, RequestId { node: 1, boot: 1, sequence: number }, &command);
-        }
+        let state = StateMachine::with_keys(keys);
         let directory = tempfile::tempdir().unwrap();
         let disk: Arc<dyn Disk> = Arc::new(crate::disk::OsDisk::open(directory.path()).unwrap());
-        let files = SnapshotFiles::new(disk, ClusterId(*b"sixteen byte id!"));
-        let capture = state.capture(Arc::new(founders()));
+        let files = SnapshotFiles::new(disk, CLUSTER);
+        let capture = state.capture(Arc::new(founders(3)));
         files.write(&capture).unwrap();
         let (loaded, membership) = files.load(keys).unwrap();
         assert_eq!(snapshot::digest(&loaded.capture(membership)), snapshot::digest(&capture));

@@ -102,6 +102,15 @@ pub trait DiskFile: Send {
 /// # Errors
 /// On any error the old file may still be the one that survives a crash, or already the new one.
 pub fn write_atomically(disk: &dyn Disk, name: &str, bytes: &[u8]) -> io::Result<()> {
+    replace(disk, name, bytes)?;
+    disk.sync_directory()
+}
+
+/// As [`write_atomically`], but for the last step: the directory is not synced yet.
+///
+/// # Errors
+/// Until then the old file is the one that counts, whatever failed.
+pub fn replace(disk: &dyn Disk, name: &str, bytes: &[u8]) -> io::Result<()> {
     let temporary = format!("{name}{TEMPORARY_SUFFIX}");
     remove_if_there(disk, &temporary)?;
     let mut file = disk.create(&temporary, 0)?;
@@ -111,7 +120,7 @@ pub fn write_atomically(disk: &dyn Disk, name: &str, bytes: &[u8]) -> io::Result
     fail_point("atomic-temporary-after");
     disk.rename(&temporary, name)?;
     fail_point("atomic-rename-after");
-    disk.sync_directory()
+    Ok(())
 }
 
 /// Reads a whole file of at most `bytes_max` bytes.

@@ -16,6 +16,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use raft::eraftpb::Message;
 
 use crate::acquaintances::Promises;
+use crate::byte_budget::Share;
 use crate::disk::Disk;
 use crate::membership::{Membership, NodeId};
 use crate::message::{
@@ -24,21 +25,29 @@ use crate::message::{
 use crate::message_check::Offence;
 use crate::peer_protocol::{Hello, HelloAnswer, HelloRefusal, PeerMessage};
 use crate::publication::Publication;
-use crate::raft_core::CoreError;
+use crate::raft_core::{APPEND_BYTES_MAX, APPENDS_IN_FLIGHT_MAX, CoreError};
 use crate::raft_log::SEGMENT_BYTES;
 use crate::replica::{Answer, Apply, Host, Replica};
-use crate::store::Capture;
+use crate::store::{Capture, Replacement};
 
 /// Events that wait for the driver. More than there are connections (each waits for its one request), so a client
 /// meets the limit only when the driver is stuck; it is then told 503. Peer connections wait, and TCP slows the peer.
 pub const EVENTS_MAX: usize = 8 * 1024;
 
+/// Bytes of peers' messages that wait for the driver, of all peers together; beyond them peer connections wait, in the
+/// order of arrival. Above what a leader sends to one follower before it waits for an answer, so that the limit is met
+/// only by a node that is slower than its peers for long, or by a peer that is no Raft leader.
+pub const PEER_BYTES_MAX: usize = 64 << 20;
+
+const _: () = assert!(APPENDS_IN_FLIGHT_MAX as u64 * APPEND_BYTES_MAX < PEER_BYTES_MAX as u64);
+
 /// Events taken in before the replica processes them: bounds what one sync covers, and how late a tick can be.
 pub const EVENTS_PER_TURN_MAX: usize = 1024;
 
 /// Batches on their way to the applier. When it is full the driver waits: that is what slows clients down to the
-/// speed of the state machine. Each holds what one turn hands out: usually one or two Readies, and when a long log is
-/// read back at a start as many as [`crate::replica::Replica::process`] works off in one call.
+/// speed of the state machine. Each holds what one turn hands out: usually a few entries, and when a long log is read
+/// back at a start up to [`HANDED_OUT_BYTES_MAX`](crate::replica::HANDED_OUT_BYTES_MAX). With the batch that is being
+/// applied and the one that the driver holds while it waits, ten of these are in memory at most.
 pub const APPLY_BATCHES_MAX: usize = 8;
 
 /// A thread that makes no progress for so long is reported by `/_/livez`.
@@ -139,8 +148,8 @@ pub enum Event {
     Status(Sender<Status>),
     /// A peer introduces itself.
     Hello(Box<Hello>, Sender<Result<HelloAnswer, HelloRefusal>>),
-    /// Messages of a peer that has introduced itself.
-    Peer(NodeId, Vec<PeerMessage>),
+    /// Messages of a peer that has introduced itself, and their share of [`PEER_BYTES_MAX`].
+    Peer(NodeId, Vec<PeerMessage>, Share),
     /// A peer could not be reached.
     Unreachable(NodeId),
     /// Sending a snapshot to a peer ended, well or not.
@@ -153,6 +162,8 @@ pub enum Event {
         message: Box<Message>,
         /// The membership that the file holds.
         membership: Arc<Membership>,
+        /// The state that the file holds.
+        state: Box<Replacement>,
     },
     /// A snapshot of this node's own state is on disk, complete.
     SnapshotWritten {
@@ -161,6 +172,8 @@ pub enum Event {
         /// The membership that the file holds.
         membership: Arc<Membership>,
     },
+    /// Another thread found that this node can't keep its promises any more; why, and the way out.
+    Failed(String),
     /// Hand leadership over if held, answer what is in flight, and end.
     Stop,
 }
@@ -182,6 +195,8 @@ pub trait Network: Send {
         promises: Promises,
         membership: &Membership,
     ) -> Result<HelloAnswer, HelloRefusal>;
+    /// Why this node has to end, if checking a hello found that.
+    fn failed(&self) -> Option<&str>;
     /// The data directory of a member, this node included, if it is known.
     fn directory(&self, member: NodeId) -> Option<u128>;
     /// Where this node's log ends, for its own introductions.
@@ -272,13 +287,12 @@ pub struct Driver<N: Network> {
 pub struct Offences(BTreeMap<(NodeId, &'static str), u64>);
 
 impl Offences {
-    /// Counts one, and logs the first, second, fourth, eighth of a cause: a peer that goes on must not fill the log.
-    fn note(&mut self, from: NodeId, offence: &Offence) {
+    /// Counts one. Returns how many there were if that is to be logged, as the first, second, fourth, eighth of a cause
+    /// are: a peer that goes on must not fill the log.
+    fn count(&mut self, from: NodeId, offence: &Offence) -> Option<u64> {
         let count = self.0.entry((from, offence.kind())).or_default();
         *count += 1;
-        if count.is_power_of_two() {
-            log::warn!("dropped a message of member {from}: {offence} ({count} of this kind)");
-        }
+        count.is_power_of_two().then_some(*count)
     }
 }
 
@@ -291,6 +305,8 @@ pub enum DriverEnd {
     Removed,
     /// Another member refuses this node for its data directory; why, and the way out.
     Disowned(String),
+    /// It can't keep its promises any more; why, and the way out.
+    Failed(String),
 }
 
 impl<N: Network> Driver<N> {
@@ -451,16 +467,21 @@ impl Turn {
                 let promises = replica.promises(hello.from);
                 let answer = host.network.hello(&hello, promises, replica.core().membership());
                 drop(reply.try_send(answer));
+                if let Some(reason) = host.network.failed() {
+                    self.end = Some(DriverEnd::Failed(reason.to_owned()));
+                }
             }
-            Event::Peer(from, messages) => {
+            Event::Failed(reason) => self.end = Some(DriverEnd::Failed(reason)),
+            Event::Peer(from, messages, share) => {
                 for message in messages {
                     replica.peer(from, message, host)?;
                 }
+                drop(share);
             }
             Event::Unreachable(id) => replica.unreachable(id),
             Event::SnapshotSent(to, delivered) => replica.snapshot_sent(to, delivered),
-            Event::SnapshotReceived { from, message, membership } => {
-                replica.snapshot_received(from, *message, membership, host)?;
+            Event::SnapshotReceived { from, message, membership, state } => {
+                replica.snapshot_received(from, *message, membership, state, host)?;
             }
             Event::SnapshotWritten { info, membership } => {
                 let compact_to = info.index.saturating_sub(options.snapshot_catchup_entries);
@@ -525,7 +546,14 @@ impl<N: Network> Host<ReplyTo> for DriverHost<'_, N> {
             Offence::Removed(_) | Offence::Stranger(_) => {
                 log::debug!("dropped a message of node {from}: {offence}");
             }
-            _ => self.offences.note(from, &offence),
+            _ => {
+                if let Some(count) = self.offences.count(from, &offence) {
+                    log::warn!("dropped a message of member {from}: {offence} ({count} of this kind)");
+                }
+            }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

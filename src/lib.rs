@@ -46,8 +46,12 @@ pub mod administration;
 pub mod replica;
 pub mod peer_sender;
 pub mod peer_server;
+pub mod byte_budget;
 pub mod applier;
 pub mod driver;
 pub mod peer_network;
 pub mod api;
 pub mod node;
+
+#[cfg(test)]
+mod fixtures;

@@ -6,7 +6,7 @@
 //!   +-------v--------+                                  +--------v--------+
 //!   | http-loop-N    | and http-N for what takes long   | peer-N          | one thread per connection
 //!   +---+--------+---+                                  +--------+--------+
-//!       |        | events (8192)                                 | events: waits when full
+//!       |        | events (8192)                                 | events (64 MiB): waits when full
 //!       |        v                                               v
 //!       |   +--------------------------------------------------------+
 //!       |   | driver: RaftCore with its log, requests, ticks         |<---- unreachable, snapshot sent
@@ -19,8 +19,10 @@
 //!                | publishes a Version; answers the connections that wait: mailbox of the event loop, 1 for each thread
 //! ```
 //!
-//! **Who waits for whom**: event loops for nobody; connections of threads wait for the driver and the applier; the snapshotter for the driver; the driver
-//! for the applier; the applier for nobody. There is no cycle, so no queue however full can stop all of them.
+//! **Who waits for whom**: event loops for nobody; connections of threads wait for the driver and the applier, peers'
+//! connections for the driver, and for the applier too when they have received a snapshot; the snapshotter waits for the
+//! driver; the driver for the applier; the applier for nobody. There is no cycle, so no queue however full can stop all
+//! of them.
 //!
 //! **How it ends**: the first of these threads to end, for whatever reason, ends the node. Both ports are bound and all
 //! files opened before the first thread starts, so whatever is wrong by then is an ordinary error of [`run`].
@@ -40,12 +42,13 @@ use slog::Drain;
 use crate::acquaintances::Acquaintances;
 use crate::api::{self, Api};
 use crate::applier::{Applier, Done, SNAPSHOT_RETRY_INTERVAL, SnapshotSchedule};
+use crate::byte_budget::ByteBudget;
 use crate::config::{Address, Config};
-use crate::data_dir::{self, Beginning, OpenOptions, SnapshotFiles};
+use crate::data_dir::{self, Beginning, OpenOptions, Received, SnapshotFiles};
 use crate::disk::{Disk, OsDisk};
 use crate::driver::{
-    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, FREE_BYTES_RESERVE, Offences, Progress,
-    Room, ToApplier, ToSnapshotter,
+    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, FREE_BYTES_RESERVE, Offences,
+    PEER_BYTES_MAX, Progress, Room, ToApplier, ToSnapshotter,
 };
 use crate::gentle_disk::GentleDisk;
 use crate::http::{self, EventLoop, Mailbox};
@@ -64,7 +67,7 @@ use crate::publication::Publication;
 use crate::raft_core::{CoreOptions, RaftCore};
 use crate::raft_log::LogOptions;
 use crate::replica::{Apply, Replica};
-use crate::store::{Capture, Version};
+use crate::store::{Capture, Replacement, Version};
 use crate::watch::Watchers;
 
 /// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
@@ -93,7 +96,6 @@ pub struct ApplierThread {
     applier: Applier,
     batches: Receiver<ToApplier>,
     snapshotter: Sender<ToSnapshotter>,
-    files: SnapshotFiles,
     publication: Arc<Publication>,
     watchers: Arc<Watchers>,
     /// Ways into the event loops whose connections wait for answers.
@@ -110,16 +112,14 @@ impl ApplierThread {
         loop {
             match self.batches.recv_timeout(IDLE_INTERVAL) {
                 Ok(ToApplier::Batch(batch)) => {
-                    let files = &self.files;
-                    let mut load = |index| files.load(index).map(|(state, _)| state).map_err(|error| error.to_string());
                     let mut restored = None;
                     for apply in batch {
                         if let Apply::Restore { index, .. } = &apply {
                             restored = Some(*index);
                         }
-                        self.applier.apply(apply, &mut load, &mut done).map_err(|error| error.to_string())?;
+                        self.applier.apply(apply, &mut done).map_err(|error| error.to_string())?;
                     }
-                    self.publish(&mut done);
+                    self.publish(&mut done, restored.is_some());
                     if let Some(index) = restored {
                         self.restored(index);
                     }
@@ -139,7 +139,7 @@ impl ApplierThread {
     }
 
     /// Makes the new state visible, and only then tells those who wait for it.
-    fn publish(&mut self, done: &mut Vec<(ReplyTo, Done)>) {
+    fn publish(&mut self, done: &mut Vec<(ReplyTo, Done)>, replaced: bool) {
         let before = self.publication.last().applied_index();
         let state = self.applier.state();
         self.publication.note(state.applied_index(), state.keys() as u64, state.bytes());
@@ -148,9 +148,15 @@ impl ApplierThread {
         let read = done.iter().any(|(_, done)| matches!(done, Done::Read));
         let version = match self.publication.last() {
             last if last.applied_index() == state.applied_index() => last,
-            _ if watched || read || self.publication.is_wanted() => self.publication.publish(state.version()),
+            // What a snapshot has replaced must not live on in a version that nobody reads.
+            _ if replaced || watched || read || self.publication.is_wanted() => {
+                self.publication.publish(state.version())
+            }
             last => last,
         };
+        if replaced {
+            self.applier.forget_replaced();
+        }
         if watched {
             match version.changes(b"", before, usize::MAX) {
                 Ok(changes) => self.watchers.changed(changes.changes.iter().map(|change| &*change.key)),
@@ -169,7 +175,7 @@ impl ApplierThread {
         self.mailboxes.iter().for_each(|mailbox| mailbox.wake());
     }
 
-    /// A snapshot from the leader is loaded: it is as good as one of this node's own, and the log names it.
+    /// A snapshot from the leader is in place: it is as good as one of this node's own, and the log names it.
     fn restored(&mut self, index: u64) {
         log::info!("restored the snapshot of index {index}");
         self.schedule.restored(index);
@@ -213,7 +219,7 @@ impl SnapshotterThread {
         be_nice();
         for order in &self.orders {
             match order {
-                ToSnapshotter::Write(capture, reply) => self.write(&capture, reply),
+                ToSnapshotter::Write(capture, reply) => self.write(&capture, reply)?,
                 ToSnapshotter::RemoveOlder(index) => {
                     if let Err(error) = self.files.remove_older(index) {
                         log::warn!("{error}; it will be tried again after the next snapshot");
@@ -225,7 +231,10 @@ impl SnapshotterThread {
     }
 
     /// A snapshot that can't be written costs disk space and a longer restart, not the node: the log still has it all.
-    fn write(&self, capture: &Capture, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) {
+    ///
+    /// # Errors
+    /// If the failure is one that ends the node.
+    fn write(&self, capture: &Capture, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) -> Result<(), String> {
         let started = Instant::now();
         let result = match self.files.write(capture) {
             Ok(info) => {
@@ -240,6 +249,7 @@ impl SnapshotterThread {
                 let _ = self.events.send(event);
                 Ok(info)
             }
+            Err(error) if error.is_fatal() => return Err(error.to_string()),
             Err(error) => {
                 log::warn!("{error}; the node goes on and tries again in {SNAPSHOT_RETRY_INTERVAL:?}");
                 self.failed.store(true, Ordering::Relaxed);
@@ -249,6 +259,7 @@ impl SnapshotterThread {
         if let Some(reply) = reply {
             drop(reply.try_send(result));
         }
+        Ok(())
     }
 }
 
@@ -437,6 +448,7 @@ struct Inbox {
     events: Sender<Event>,
     files: SnapshotFiles,
     me: NodeId,
+    peer_bytes: Arc<ByteBudget>,
     /// One snapshot at a time is received: a second one would only compete for the disk.
     receiving: AtomicBool,
 }
@@ -453,8 +465,10 @@ impl PeerInbox for Inbox {
     }
 
     fn deliver(&self, from: NodeId, messages: Vec<PeerMessage>) -> Result<(), peer_server::Stopped> {
-        // Waits when the queue is full: TCP then slows the peer down.
-        self.events.send(Event::Peer(from, messages)).map_err(|_| peer_server::Stopped)
+        // Waits while too much is waiting already: TCP then slows the peer down.
+        let bytes = messages.iter().map(PeerMessage::frame_bytes).sum();
+        let share = self.peer_bytes.take(bytes).ok_or(peer_server::Stopped)?;
+        self.events.send(Event::Peer(from, messages, share)).map_err(|_| peer_server::Stopped)
     }
 
     fn offer_snapshot(&self, _from: NodeId, header: &SnapshotHeader) -> Result<(), SnapshotRefusal> {
@@ -483,8 +497,13 @@ impl PeerInbox for Inbox {
 impl Inbox {
     fn receive(&self, from: NodeId, header: &SnapshotHeader, body: &mut dyn Read) -> Result<(), SnapshotRefusal> {
         log::info!("receiving the snapshot of index {} ({} bytes) from member {from}", header.index, header.bytes);
-        let received = self.files.receive(header.index, &mut body.take(header.bytes));
-        let (membership, info) = received.map_err(|error| {
+        let received = self.files.receive(header.index, header.term, &mut body.take(header.bytes));
+        let Received { state, membership, info } = received.map_err(|error| {
+            if error.is_fatal() {
+                // The driver ends the node. Stopping, it does so anyway.
+                drop(self.events.send(Event::Failed(error.to_string())));
+                return SnapshotRefusal::Stopping;
+            }
             log::warn!("refused the snapshot of index {} from member {from}: {error}", header.index);
             match error.is_full() {
                 true => SnapshotRefusal::NoSpace(error.to_string()),
@@ -498,8 +517,15 @@ impl Inbox {
         metadata.index = header.index;
         metadata.term = header.term;
         metadata.set_conf_state(membership.conf_state.clone());
-        let event = Event::SnapshotReceived { from, message: Box::new(message), membership };
-        self.events.send(event).map_err(|_| SnapshotRefusal::Stopping)
+        let (back, rest) = bounded(1);
+        // There is room for the one state that comes back.
+        let state = Box::new(Replacement::new(state, move |rest| drop(back.try_send(rest))));
+        let event = Event::SnapshotReceived { from, message: Box::new(message), membership, state };
+        self.events.send(event).map_err(|_| SnapshotRefusal::Stopping)?;
+        // The driver and the applier have more important things to do than to free what they don't need any more.
+        // Until then no other snapshot is received: there are no more than two states in memory.
+        drop(rest.recv());
+        Ok(())
     }
 }
 
@@ -637,7 +663,6 @@ impl Node {
             applier,
             batches,
             snapshotter: snapshotter_tx.clone(),
-            files: files.clone(),
             publication,
             watchers: watchers.clone(),
             mailboxes: event_loops.iter().map(EventLoop::mailbox).collect(),
@@ -673,13 +698,21 @@ impl Node {
         };
         spawn("applier", &exits_tx, move || applier.run().map(|()| End::Done))?;
         spawn("snapshotter", &exits_tx, move || snapshotter.run().map(|()| End::Done))?;
-        spawn("driver", &exits_tx, move || match driver.run() {
-            Ok(DriverEnd::Stopped) => Ok(End::Done),
-            Ok(DriverEnd::Removed) => Ok(End::Removed),
-            Ok(DriverEnd::Disowned(reason)) => Err(reason),
-            Err(error) => Err(error.to_string()),
+        let peer_bytes = ByteBudget::new(PEER_BYTES_MAX);
+        let closer = peer_bytes.closer();
+        spawn("driver", &exits_tx, move || {
+            let end = driver.run();
+            // Nobody takes what is still waiting.
+            drop(closer);
+            match end {
+                Ok(DriverEnd::Stopped) => Ok(End::Done),
+                Ok(DriverEnd::Removed) => Ok(End::Removed),
+                Ok(DriverEnd::Disowned(reason) | DriverEnd::Failed(reason)) => Err(reason),
+                Err(error) => Err(error.to_string()),
+            }
         })?;
-        let inbox = Inbox { events: events_tx.clone(), files, me: config.id, receiving: AtomicBool::new(false) };
+        let receiving = AtomicBool::new(false);
+        let inbox = Inbox { events: events_tx.clone(), files, me: config.id, peer_bytes, receiving };
         let peer_server = peer_port
             .serve(Arc::new(PeerServer::new(config.id, inbox)), peer_server::limits(), "peer")
             .map_err(|error| NodeError(format!("failed to serve the peer port: {error}")))?;
@@ -849,3 +882,6 @@ fn spawn_signals(exits: &Sender<ThreadExit>) -> Result<(), NodeError> {
         Ok(End::Signal)
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -251,6 +251,10 @@ impl Network for PeerNetwork {
         Ok(answer)
     }
 
+    fn failed(&self) -> Option<&str> {
+        self.acquaintances.failed()
+    }
+
     fn directory(&self, member: NodeId) -> Option<u128> {
         if member == self.me.id { Some(self.me.directory) } else { self.acquaintances.directory(member) }
     }

@@ -33,6 +33,7 @@ use crate::membership_change::MembershipChange;
 use crate::message_check::{self, Offence, View};
 use crate::raft_log::{Batch, LogError, Marker, RaftLog};
 use crate::random::SplitMix64;
+use crate::store::Replacement;
 
 /// The index at which every founder's log begins. Not zero, so that a joiner, which starts at zero, is sent a
 /// snapshot with the founding members rather than a log that never names them.
@@ -52,7 +53,8 @@ pub const APPENDS_IN_FLIGHT_MAX: usize = 48;
 /// proposed again at the next tick until their deadline. Above four of the largest values a request can carry.
 pub const UNCOMMITTED_BYTES_MAX: u64 = 128 << 20;
 
-/// Bytes of committed entries that one Ready hands out: bounds what lies between driver and applier.
+/// Bytes of committed entries that raft hands out at once: about one of the largest values a request can carry, and
+/// far more than an ordinary turn commits. A Ready has them twice, before and behind its own entries are written.
 pub const COMMITTED_BYTES_MAX: u64 = 16 << 20;
 
 /// Readies that one call of [`RaftCore::process_ready`] works off: usually there are one or two.
@@ -109,6 +111,8 @@ pub enum Committed {
         index: u64,
         /// The membership that it holds.
         membership: Arc<Membership>,
+        /// The state that it holds.
+        state: Box<Replacement>,
     },
 }
 
@@ -193,6 +197,13 @@ pub struct CoreOptions {
     pub logger: slog::Logger,
 }
 
+/// A snapshot that raft has taken and not put out yet.
+struct Incoming {
+    index: u64,
+    membership: Arc<Membership>,
+    state: Box<Replacement>,
+}
+
 /// One Raft participant with its log.
 pub struct RaftCore {
     raw: RawNode<LogStorage>,
@@ -203,7 +214,7 @@ pub struct RaftCore {
     random: SplitMix64,
     followed: Option<(u64, StateRole, NodeId)>,
     written: HardState,
-    incoming: Option<(u64, Arc<Membership>)>,
+    incoming: Option<Incoming>,
     removed: bool,
 }
 
@@ -290,18 +301,19 @@ impl RaftCore {
         }
     }
 
-    /// Takes the message that announces a snapshot whose file, with this membership, is complete and durable here.
-    /// Raft may still have no use for it; otherwise [`Committed::Restore`] follows.
+    /// Takes the message that announces a snapshot whose file, with this membership and state, is complete and durable
+    /// here. Raft may still have no use for it; otherwise [`Committed::Restore`] follows.
     pub fn step_snapshot(
         &mut self,
         message: Message,
         membership: Arc<Membership>,
+        state: Box<Replacement>,
     ) -> Result<Result<(), Offence>, CoreError> {
         let index = message.get_snapshot().get_metadata().index;
         let stepped = self.step(message)?;
         // One that raft has no use for must not take the place of an earlier one that it has taken and not yet put out.
         if stepped.is_ok() && self.raw.snap().is_some_and(|taken| taken.get_metadata().index == index) {
-            self.incoming = Some((index, membership));
+            self.incoming = Some(Incoming { index, membership, state });
         }
         Ok(stepped)
     }
@@ -403,20 +415,23 @@ impl RaftCore {
 
     /// Persists what raft has made of all calls since the last one, and puts out what is left to do.
     ///
-    /// While [`Self::has_ready`], there is more: a caller that waits for an event first would lose time. One call hands
-    /// out no more than [`READIES_MAX`] times [`COMMITTED_BYTES_MAX`], so that a long log that is read back at a start
-    /// does not come all at once. An error ends the node: nothing that depends on the failed write has left it.
-    pub fn process_ready(&mut self, output: &mut impl Output) -> Result<(), CoreError> {
+    /// While [`Self::has_ready`], there is more: a caller that waits for an event first would lose time. One call stops
+    /// at the first Ready that brings what it has handed out to [`COMMITTED_BYTES_MAX`], so that a long log that is read
+    /// back at a start does not come all at once: it hands out below three times that. Returns these bytes. An error
+    /// ends the node: nothing that depends on the failed write has left it.
+    pub fn process_ready(&mut self, output: &mut impl Output) -> Result<u64, CoreError> {
+        let mut bytes = 0;
         for _ in 0..READIES_MAX {
-            if !self.has_ready() {
+            if bytes >= COMMITTED_BYTES_MAX || !self.has_ready() {
                 break;
             }
-            self.process_one(output)?;
+            bytes += self.process_one(output)?;
         }
-        Ok(())
+        Ok(bytes)
     }
 
-    fn process_one(&mut self, output: &mut impl Output) -> Result<(), CoreError> {
+    /// Works off one Ready; the bytes of the entries that it handed out.
+    fn process_one(&mut self, output: &mut impl Output) -> Result<u64, CoreError> {
         let mut ready = self.raw.ready();
         // A single voter becomes leader within one Ready: the term that its messages speak of is not written yet.
         let promises = ready.hs().is_some_and(|new| (new.term, new.vote) != (self.written.term, self.written.vote));
@@ -432,9 +447,8 @@ impl RaftCore {
         for state in ready.take_read_states() {
             output.read_index(state.request_ctx, state.index);
         }
-        if let Some(index) = restored {
-            let membership = self.membership.clone();
-            output.committed(Committed::Restore { index, membership });
+        if let Some(Incoming { index, membership, state }) = restored {
+            output.committed(Committed::Restore { index, membership, state });
         }
         let mut committed = ready.take_committed_entries();
         let mut light = self.raw.advance_append(ready);
@@ -444,17 +458,19 @@ impl RaftCore {
         committed.append(&mut light.take_committed_entries());
         // Configuration entries are applied only now: a leader that learns of its own removal would panic in
         // `advance_append`.
+        let mut bytes = 0;
         for entry in committed {
+            bytes += (entry.data.len() + entry.context.len()) as u64;
             self.handed_out = entry.index;
             self.hand_out(entry, output)?;
         }
         self.raw.advance_apply_to(self.handed_out);
         self.draw_election_timeout();
-        Ok(())
+        Ok(bytes)
     }
 
-    /// Writes a Ready in one batch; returns the index of the snapshot that it installed.
-    fn persist(&mut self, ready: &raft::Ready) -> Result<Option<u64>, CoreError> {
+    /// Writes a Ready in one batch; returns the snapshot that it installed.
+    fn persist(&mut self, ready: &raft::Ready) -> Result<Option<Incoming>, CoreError> {
         if let Some(hard_state) = ready.hs() {
             self.raw.mut_store().hard_state = hard_state.clone();
         }
@@ -484,12 +500,12 @@ impl RaftCore {
         }
         self.written = hard_state;
         let Some(Marker { index, .. }) = marker else { return Ok(None) };
-        let (incoming, membership) = self.incoming.take().expect("a snapshot is stepped through `step_snapshot`");
-        assert_eq!(incoming, index, "raft installs the snapshot that was stepped last");
-        self.raw.mut_store().snapshot = SnapshotLabel { index, membership: membership.clone() };
-        self.membership = membership;
+        let incoming = self.incoming.take().expect("a snapshot is stepped through `step_snapshot`");
+        assert_eq!(incoming.index, index, "raft installs the snapshot that was stepped last");
+        self.raw.mut_store().snapshot = SnapshotLabel { index, membership: incoming.membership.clone() };
+        self.membership = incoming.membership.clone();
         self.handed_out = index;
-        Ok(Some(index))
+        Ok(Some(incoming))
     }
 
     fn hand_out(&mut self, entry: Entry, output: &mut impl Output) -> Result<(), CoreError> {
@@ -806,19 +822,21 @@ fn storage_error(error: crate::raft_log::ReadError) -> raft::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::Disk;
-    use crate::membership::ClusterId;
-    use crate::memory_disk::MemoryDisk;
-    use crate::raft_log::{LogIdentity, LogOptions};
+    use crate::fixtures::{core_on, founders, log_on, voter_and_learner};
+    use crate::memory_disk::{Failure, MemoryDisk, Operation};
+    use crate::store::StateMachine;
 
     #[derive(Default)]
     struct Put {
         restored: Vec<u64>,
         handed_out: u64,
+        sent: Vec<MessageType>,
     }
 
     impl Output for Put {
-        fn send(&mut self, _message: Message) {}
+        fn send(&mut self, message: Message) {
+            self.sent.push(message.msg_type);
+        }
 
         fn committed(&mut self, committed: Committed) {
             match committed {
@@ -832,23 +850,9 @@ mod tests {
         fn read_index(&mut self, _context: Vec<u8>, _index: u64) {}
     }
 
-    fn founders(count: u64) -> Arc<Membership> {
-        Arc::new(Membership::founding((1..=count).map(|id| (id, format!("http://127.0.0.1:1238{id}")))))
-    }
-
-    fn log(founders: &Membership) -> RaftLog {
-        let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
-        let identity = LogIdentity { cluster: ClusterId([1; 16]), node: 1, directory: 1 };
-        let marker = Marker { index: FOUNDING_INDEX, term: FOUNDING_TERM, conf_state: founders.conf_state.clone() };
-        let hard_state = HardState { term: FOUNDING_TERM, commit: FOUNDING_INDEX, ..HardState::default() };
-        RaftLog::create(disk, identity, LogOptions::default(), marker, hard_state).unwrap()
-    }
-
-    fn core(log: RaftLog, membership: Arc<Membership>) -> RaftCore {
-        let logger = slog::Logger::root(slog::Discard, slog::o!());
-        let (election_ticks, snapshot_index) = (10, FOUNDING_INDEX);
-        RaftCore::open(log, CoreOptions { id: 1, election_ticks, election_seed: 1, membership, snapshot_index, logger })
-            .unwrap()
+    /// A core on a disk of its own.
+    fn core(founders: &Membership) -> RaftCore {
+        core_on(log_on(&MemoryDisk::new(), 1, founders), 1, founders)
     }
 
     fn announced(index: u64, membership: &Membership) -> Message {
@@ -859,14 +863,19 @@ mod tests {
         message
     }
 
+    /// A state that nobody looks at.
+    fn empty() -> Box<Replacement> {
+        Box::new(Replacement::new(StateMachine::new(), drop))
+    }
+
     #[test]
     fn of_snapshots_in_short_succession_the_newest_is_installed() {
         for (arrivals, installed) in [([20, 30], 30), ([30, 20], 30), ([20, 20], 20)] {
-            let membership = founders(3);
-            let mut core = core(log(&membership), membership.clone());
+            let membership = Arc::new(founders(3));
+            let mut core = core(&membership);
             for index in arrivals {
                 // What raft has no use for is no offence.
-                core.step_snapshot(announced(index, &membership), membership.clone()).unwrap().unwrap();
+                core.step_snapshot(announced(index, &membership), membership.clone(), empty()).unwrap().unwrap();
             }
             let mut put = Put::default();
             core.process_ready(&mut put).unwrap();
@@ -874,16 +883,36 @@ mod tests {
             assert_eq!((core.snapshot_index(), core.log().marker().index), (installed, installed));
             // One of its own that was begun before, and one that comes late.
             core.snapshot_written(installed - 5, membership.clone(), 0).unwrap();
-            core.step_snapshot(announced(10, &membership), membership.clone()).unwrap().unwrap();
+            core.step_snapshot(announced(10, &membership), membership.clone(), empty()).unwrap().unwrap();
             core.process_ready(&mut put).unwrap();
             assert_eq!((put.restored.len(), core.snapshot_index()), (1, installed));
         }
     }
 
     #[test]
+    fn a_single_voter_says_nothing_in_a_term_that_is_not_on_disk() {
+        // It is elected, appends and speaks to the learner, all in one Ready.
+        let (disk, membership) = (MemoryDisk::new(), voter_and_learner());
+        let mut core = core_on(log_on(&disk, 1, &membership), 1, &membership);
+        core.campaign();
+        assert!(core.is_leader());
+        let mut put = Put::default();
+        disk.fail(Some(Operation::Sync), 1, Failure::Error);
+        core.process_ready(&mut put).expect_err("its term can't be written");
+        assert_eq!(put.sent, []);
+        // The same with a disk that works, or there would have been nothing to say.
+        drop(core);
+        disk.crash(1);
+        let mut core = core_on(log_on(&disk, 1, &membership), 1, &membership);
+        core.campaign();
+        core.process_ready(&mut put).unwrap();
+        assert!(put.sent.contains(&MessageType::MsgAppend), "{:?}", put.sent);
+    }
+
+    #[test]
     fn behind_an_older_snapshot_the_next_one_waits_for_the_newest_marker() {
-        let membership = founders(1);
-        let mut log = log(&membership);
+        let membership = Arc::new(founders(1));
+        let mut log = log_on(&MemoryDisk::new(), 1, &membership);
         let entry = |index| Entry { index, term: 1, ..Entry::default() };
         let entries: Vec<Entry> = (2..=30).map(entry).collect();
         let marker = Marker { index: 20, term: 1, conf_state: membership.conf_state.clone() };
@@ -891,7 +920,7 @@ mod tests {
         log.write(&Batch { marker: None, entries: &entries, hard_state: Some(&hard_state) }, true).unwrap();
         log.write(&Batch { marker: Some(&marker), entries: &[], hard_state: None }, true).unwrap();
         // The snapshot of 20 is damaged: the node has begun with that of the founding.
-        let mut core = core(log, membership.clone());
+        let mut core = core_on(log, 1, &membership);
         let mut put = Put::default();
         core.process_ready(&mut put).unwrap();
         assert_eq!(put.handed_out, 30);
@@ -905,34 +934,11 @@ mod tests {
 #[cfg(test)]
 mod removal_tests {
     use super::*;
-    use crate::disk::Disk;
-    use crate::membership::ClusterId;
+    use crate::fixtures::{core_on, founders, log_on};
     use crate::memory_disk::MemoryDisk;
-    use crate::raft_log::{LogIdentity, LogOptions};
-
-    fn two() -> Membership {
-        Membership::founding((1..=2).map(|id| (id, format!("http://127.0.0.1:{id}"))))
-    }
 
     fn open(disk: &MemoryDisk, id: NodeId) -> RaftCore {
-        let disk: Arc<dyn Disk> = Arc::new(disk.clone());
-        let identity = LogIdentity { cluster: ClusterId([1; 16]), node: id, directory: id.into() };
-        let log = if RaftLog::exists(&*disk).unwrap() {
-            RaftLog::open(disk, identity, LogOptions::default())
-        } else {
-            let marker = Marker { index: FOUNDING_INDEX, term: FOUNDING_TERM, conf_state: two().conf_state };
-            let hard_state = HardState { term: FOUNDING_TERM, commit: FOUNDING_INDEX, ..HardState::default() };
-            RaftLog::create(disk, identity, LogOptions::default(), marker, hard_state)
-        };
-        let options = CoreOptions {
-            id,
-            election_ticks: 10,
-            election_seed: id,
-            membership: Arc::new(two()),
-            snapshot_index: FOUNDING_INDEX,
-            logger: slog::Logger::root(slog::Discard, slog::o!()),
-        };
-        RaftCore::open(log.unwrap(), options).unwrap()
+        core_on(log_on(disk, id, &founders(2)), id, &founders(2))
     }
 
     /// Takes messages, and nothing else.

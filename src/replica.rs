@@ -39,7 +39,8 @@ use crate::membership::{Membership, NodeId};
 use crate::message::{AdminReply, AdminRequest, MemberProgress, Refusal, Status, WriteReply};
 use crate::message_check::Offence;
 use crate::peer_protocol::{ForwardRefusal, ForwardedWrite, PeerMessage};
-use crate::raft_core::{Committed, CoreError, Output, RaftCore};
+use crate::raft_core::{COMMITTED_BYTES_MAX, Committed, CoreError, Output, RaftCore};
+use crate::store::Replacement;
 
 /// Writes that wait on this node, at most; one more is refused with 503. More than there are client connections, so
 /// it is reached only by a mistake of ours.
@@ -61,8 +62,13 @@ pub const HELD_BACK_ENTRIES_MAX: u64 = 10_000;
 /// Election timeouts for which they are kept once the snapshot has arrived: loading it takes a while.
 const RESTORING_ELECTION_TIMEOUTS: u64 = 10;
 
-/// Rounds of [`Replica::process`] without a new event: bounds what one call hands to the applier.
+/// Rounds of [`Replica::process`] without a new event: a tick must not wait for long.
 const ROUNDS_MAX: usize = 8;
+
+/// Bytes of entries that one call of [`Replica::process`] hands to the applier: it stops once [`COMMITTED_BYTES_MAX`]
+/// have come together, and the last call of [`RaftCore::process_ready`] hands out below three times that. Only keys
+/// beside values of the largest size can add their length.
+pub const HANDED_OUT_BYTES_MAX: u64 = 4 * COMMITTED_BYTES_MAX;
 
 /// Ticks after which a read round without an answer is given up for a new one.
 pub const READ_ROUND_TICKS: u64 = 2;
@@ -99,12 +105,14 @@ pub enum Apply<W> {
         /// The membership.
         membership: Arc<Membership>,
     },
-    /// Load the snapshot file of this index in place of the whole state.
+    /// Take this state, of a received snapshot, in place of the whole state.
     Restore {
         /// The snapshot's index.
         index: u64,
         /// The membership that it holds.
         membership: Arc<Membership>,
+        /// The state that it holds.
+        state: Box<Replacement>,
     },
     /// Answer these reads from the state as it is now.
     Reads(Vec<W>),
@@ -493,18 +501,19 @@ impl<W> Replica<W> {
         }
     }
 
-    /// A snapshot's file is complete and durable here, and `message` announces it.
+    /// A snapshot's file is complete and durable here, and `message` announces it; `state` is what it holds.
     pub fn snapshot_received(
         &mut self,
         from: NodeId,
         message: Message,
         membership: Arc<Membership>,
+        state: Box<Replacement>,
         host: &mut impl Host<W>,
     ) -> Result<(), CoreError> {
         self.heard.insert(from, (self.ticks, self.now));
         if message.get_snapshot().get_metadata().get_conf_state() != &membership.conf_state {
             host.offended(from, Offence::Type(MessageType::MsgSnapshot));
-        } else if let Err(offence) = self.core.step_snapshot(message, membership)? {
+        } else if let Err(offence) = self.core.step_snapshot(message, membership, state)? {
             host.offended(from, offence);
         }
         Ok(())
@@ -573,8 +582,10 @@ impl<W> Replica<W> {
     /// Does everything that all calls since the last one have made possible. An error ends the node.
     ///
     /// Many writes taken before one call share one proposal, one batch in the log and one sync.
-    /// When it returns true there is more to do, and it should be called again before waiting for an event.
+    /// When it returns true there is more to do, and it should be called again before waiting for an event. One call
+    /// hands out no more than [`HANDED_OUT_BYTES_MAX`].
     pub fn process(&mut self, host: &mut impl Host<W>) -> Result<bool, CoreError> {
+        let mut bytes = 0;
         for _ in 0..ROUNDS_MAX {
             let before = self.core.handed_out();
             self.follow();
@@ -582,7 +593,7 @@ impl<W> Replica<W> {
             self.ask_read_index();
             let around = surroundings!(self);
             self.administration.process(&mut self.core, &around, host);
-            self.process_ready(host)?;
+            bytes += self.process_ready(host)?;
             self.release_reads(host);
             if self.core.is_removed() {
                 // The others take nothing from here any more: whoever still waits hears so, and whoever comes later
@@ -592,8 +603,13 @@ impl<W> Replica<W> {
             let changed = self.followed != (self.core.leader(), self.core.term());
             // A request that changes the cluster may be done, or go on, with what was just handed out.
             let reconfigured = !self.administration.is_idle() && before != self.core.handed_out();
-            if !(changed || reconfigured || self.core.has_ready() || self.wants_read_index()) {
+            let has_ready = self.core.has_ready();
+            if !(changed || reconfigured || has_ready || self.wants_read_index()) {
                 return Ok(false);
+            }
+            // The applier should have what there is, rather than all there will be at once.
+            if has_ready || bytes >= COMMITTED_BYTES_MAX {
+                return Ok(true);
             }
         }
         Ok(true)
@@ -711,7 +727,8 @@ impl<W> Replica<W> {
         self.core.read_index(context.encode());
     }
 
-    fn process_ready(&mut self, host: &mut impl Host<W>) -> Result<(), CoreError> {
+    /// Returns the bytes of entries that were handed out.
+    fn process_ready(&mut self, host: &mut impl Host<W>) -> Result<u64, CoreError> {
         let id = self.core.id();
         let (writes, reads) = (&mut self.writes, &mut self.reads);
         let mut output = ReplicaOutput {
@@ -724,7 +741,7 @@ impl<W> Replica<W> {
             snapshots_not_begun: Vec::new(),
             unreachable: Vec::new(),
         };
-        self.core.process_ready(&mut output)?;
+        let bytes = self.core.process_ready(&mut output)?;
         let ReplicaOutput { snapshots_not_begun, unreachable, .. } = output;
         for to in unreachable {
             self.core.report_unreachable(to);
@@ -733,7 +750,7 @@ impl<W> Replica<W> {
         for to in snapshots_not_begun {
             self.core.report_snapshot(to, false);
         }
-        Ok(())
+        Ok(bytes)
     }
 
     /// Lets confirmed reads through whose index has been handed out: the applier answers them behind it.
@@ -866,13 +883,13 @@ impl<W, H: Host<W>> Output for ReplicaOutput<'_, W, H> {
             }
             Committed::Nothing { index, term } => Apply::Nothing { index, term },
             Committed::Membership { index, term, membership, .. } => Apply::Membership { index, term, membership },
-            Committed::Restore { index, membership } => {
+            Committed::Restore { index, membership, state } => {
                 // What was applied inside the snapshot will not be handed out here: handed over again, it comes back
                 // as a repeat, and whoever waits is told that the outcome is unknown rather than kept waiting.
                 for write in self.writes.pending.values_mut().filter(|write| write.state != WriteState::Next) {
                     write.state = WriteState::AtNextTick;
                 }
-                Apply::Restore { index, membership }
+                Apply::Restore { index, membership, state }
             }
         };
         self.host.apply(apply);
@@ -898,21 +915,24 @@ impl<W, H: Host<W>> Output for ReplicaOutput<'_, W, H> {
 
 #[cfg(test)]
 mod tests {
+    use raft::eraftpb::Entry;
+
     use super::*;
     use crate::command::Condition;
-    use crate::disk::Disk;
-    use crate::membership::ClusterId;
+    use crate::fixtures::{ELECTION_TICKS, core_on, founders, log_on, voter_and_learner, write_committed};
     use crate::memory_disk::MemoryDisk;
-    use crate::raft_core::{CoreOptions, FOUNDING_INDEX, FOUNDING_TERM};
-    use crate::raft_log::{LogIdentity, LogOptions, Marker, RaftLog};
-
-    const ELECTION_TICKS: usize = 10;
+    use crate::raft_core::{FOUNDING_INDEX, FOUNDING_TERM};
 
     /// Keeps what a replica puts out.
     #[derive(Default)]
     struct Kept {
         sent: Vec<(NodeId, PeerMessage)>,
         answers: Vec<(u32, Answer)>,
+        applied: Vec<Apply<u32>>,
+        /// Peers to whom a snapshot was sent.
+        snapshots: Vec<NodeId>,
+        /// Set where some are to be expected.
+        offences: Option<Vec<NodeId>>,
     }
 
     impl Host<u32> for Kept {
@@ -921,18 +941,21 @@ mod tests {
             true
         }
 
-        fn send_snapshot(&mut self, _to: NodeId, _message: Message) -> bool {
-            false
+        fn send_snapshot(&mut self, to: NodeId, _message: Message) -> bool {
+            self.snapshots.push(to);
+            true
         }
 
-        fn apply(&mut self, _apply: Apply<u32>) {}
+        fn apply(&mut self, apply: Apply<u32>) {
+            self.applied.push(apply);
+        }
 
         fn answer(&mut self, waiter: u32, answer: Answer) {
             self.answers.push((waiter, answer));
         }
 
         fn offended(&mut self, from: NodeId, offence: Offence) {
-            panic!("{offence} of {from}");
+            self.offences.as_mut().unwrap_or_else(|| panic!("{offence} of {from}")).push(from);
         }
     }
 
@@ -948,21 +971,18 @@ mod tests {
     }
 
     fn replica(id: NodeId, members: u64) -> Replica<u32> {
-        let membership = Membership::founding((1..=members).map(|id| (id, format!("http://127.0.0.1:1238{id}"))));
-        let disk: Arc<dyn Disk> = Arc::new(MemoryDisk::new());
-        let identity = LogIdentity { cluster: ClusterId([1; 16]), node: id, directory: 1 };
-        let marker = Marker { index: FOUNDING_INDEX, term: FOUNDING_TERM, conf_state: membership.conf_state.clone() };
-        let hard_state = raft::eraftpb::HardState { term: FOUNDING_TERM, commit: FOUNDING_INDEX, ..Default::default() };
-        let log = RaftLog::create(disk, identity, LogOptions::default(), marker, hard_state).unwrap();
-        let options = CoreOptions {
-            id,
-            election_ticks: ELECTION_TICKS,
-            election_seed: 1,
-            membership: Arc::new(membership),
-            snapshot_index: FOUNDING_INDEX,
-            logger: slog::Logger::root(slog::Discard, slog::o!()),
-        };
-        Replica::new(RaftCore::open(log, options).unwrap(), 9, ELECTION_TICKS)
+        replica_with(id, members, &[])
+    }
+
+    /// A replica that starts with these entries in its log, all of them committed.
+    fn replica_with(id: NodeId, members: u64, entries: &[Entry]) -> Replica<u32> {
+        replica_of(id, &founders(members), entries)
+    }
+
+    fn replica_of(id: NodeId, founding: &Membership, entries: &[Entry]) -> Replica<u32> {
+        let mut log = log_on(&MemoryDisk::new(), id, founding);
+        write_committed(&mut log, entries);
+        Replica::new(core_on(log, id, founding), 9, ELECTION_TICKS)
     }
 
     /// A follower of member 2.
@@ -991,6 +1011,40 @@ mod tests {
     }
 
     const LATER: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_long_log_that_is_read_back_at_a_start_is_handed_out_in_bounded_pieces() {
+        // More than twice what one call may hand out.
+        const ENTRIES: u64 = 3 * (HANDED_OUT_BYTES_MAX >> 20);
+        let value = Bytes::from(vec![7; 1 << 20]);
+        let put = Command::Put { key: Bytes::from_static(b"key"), value, condition: Condition::default(), token: None };
+        let data = Bytes::from(put.encode());
+        let entries: Vec<Entry> = (1..=ENTRIES)
+            .map(|sequence| {
+                let context = Bytes::copy_from_slice(&RequestId { node: 2, boot: 1, sequence }.encode());
+                let index = FOUNDING_INDEX + sequence;
+                Entry { index, term: FOUNDING_TERM, context, data: data.clone(), ..Entry::default() }
+            })
+            .collect();
+        let mut replica = replica_with(1, 3, &entries);
+        drop(entries);
+        let (mut kept, mut calls) = (Kept::default(), 0);
+        loop {
+            let more = replica.process(&mut kept).unwrap();
+            let bytes = kept.applied.drain(..).map(|apply| match apply {
+                Apply::Command { command, .. } => command.len() as u64,
+                _ => 0,
+            });
+            let bytes: u64 = bytes.sum();
+            assert!(bytes <= HANDED_OUT_BYTES_MAX, "{bytes} bytes in one call");
+            calls += 1;
+            if !more {
+                break;
+            }
+        }
+        assert_eq!(replica.core().handed_out(), FOUNDING_INDEX + ENTRIES);
+        assert!(calls > 3, "{calls} calls");
+    }
 
     #[test]
     fn a_full_node_refuses_puts_of_its_clients_and_takes_deletes() {
@@ -1048,5 +1102,96 @@ mod tests {
         assert!(kept.answers.is_empty() && !replica.is_idle(), "{:?}", kept.answers);
         replica.tick(LATER, &mut kept);
         assert!(matches!(&kept.answers[..], [(1, Answer::Write(WriteReply::Unknown(_)))]), "{:?}", kept.answers);
+    }
+    fn id(node: NodeId, sequence: u64) -> RequestId {
+        RequestId { node, boot: 1, sequence }
+    }
+
+    /// A replica that votes alone, and leads.
+    fn leader_of(founding: &Membership, entries: &[Entry]) -> (Replica<u32>, Kept) {
+        let (mut leader, mut kept) = (replica_of(1, founding, entries), Kept::default());
+        while leader.process(&mut kept).unwrap() {}
+        assert!(leader.core().is_leader());
+        (leader, kept)
+    }
+
+    #[test]
+    fn a_forward_that_would_end_every_node_is_in_no_log() {
+        let (mut leader, mut kept) = leader_of(&founders(1), &[]);
+        let last_index = leader.core().last_index();
+        let (good, undecodable) = (put(), Bytes::from_static(b"no command"));
+        let too_long = Bytes::from(vec![0; COMMAND_BYTES_MAX + 1]);
+        for (from, data) in [(2, undecodable), (2, Bytes::new()), (2, too_long), (3, good.clone())] {
+            kept.offences = Some(Vec::new());
+            // A sound one beside it does not help.
+            let sound = ForwardedWrite { id: id(2, 1), data: good.clone() };
+            let writes = vec![sound, ForwardedWrite { id: id(from, 2), data }];
+            leader.peer(2, PeerMessage::Forward(writes), &mut kept).unwrap();
+            leader.process(&mut kept).unwrap();
+            assert_eq!(kept.offences.take(), Some(vec![2]));
+            assert_eq!(leader.core().last_index(), last_index);
+        }
+        let writes = vec![ForwardedWrite { id: id(2, 1), data: good }];
+        leader.peer(2, PeerMessage::Forward(writes), &mut kept).unwrap();
+        leader.process(&mut kept).unwrap();
+        assert_eq!(leader.core().last_index(), last_index + 1);
+    }
+
+    #[test]
+    fn a_confirmed_read_whose_index_does_not_come_is_refused_at_its_deadline() {
+        let (mut replica, mut kept) = follower();
+        let second = Duration::from_secs(1);
+        replica.read(second, 1, &mut kept);
+        replica.read(2 * second, 2, &mut kept);
+        replica.process(&mut kept).unwrap();
+        let asked = std::mem::take(&mut kept.sent).into_iter().find_map(|(_, message)| match message {
+            PeerMessage::Raft(message) if message.msg_type == MessageType::MsgReadIndex => Some(message),
+            _ => None,
+        });
+        let mut answer = asked.expect("a follower asks its leader");
+        (answer.msg_type, answer.from, answer.to) = (MessageType::MsgReadIndexResp, 2, 1);
+        // Far behind what this node has: a snapshot is on its way, say.
+        (answer.term, answer.index) = (5, 1000);
+        replica.peer(2, PeerMessage::Raft(answer), &mut kept).unwrap();
+        replica.process(&mut kept).unwrap();
+        assert!(replica.reads.waiting.is_empty() && replica.reads.confirmed.len() == 1);
+        for (now, answered) in [(second / 2, 0), (second, 1), (second * 3 / 2, 1), (2 * second, 2)] {
+            replica.tick(now, &mut kept);
+            assert_eq!(kept.answers.len(), answered, "at {now:?}");
+        }
+        assert_eq!(kept.answers, [(1, Answer::Read(Refusal::NoLeader)), (2, Answer::Read(Refusal::NoLeader))]);
+        assert!(replica.is_idle() && kept.applied.iter().all(|apply| !matches!(apply, Apply::Reads(_))));
+    }
+
+    #[test]
+    fn entries_behind_a_snapshot_are_kept_for_the_follower_that_is_sent_it_up_to_a_bound() {
+        let last = FOUNDING_INDEX + HELD_BACK_ENTRIES_MAX + 1000;
+        let entry = |index| Entry { index, term: FOUNDING_TERM, ..Entry::default() };
+        let entries: Vec<Entry> = (FOUNDING_INDEX + 1..=last).map(entry).collect();
+        let membership = voter_and_learner();
+        let (mut leader, mut kept) = leader_of(&membership, &entries);
+        // The learner has nothing at all, and the log begins behind the founding state: it is sent that as a snapshot.
+        let (term, last_index) = (leader.core().term(), leader.core().last_index());
+        let mut nothing =
+            Message { msg_type: MessageType::MsgAppendResponse, from: 2, to: 1, term, ..Message::default() };
+        (nothing.index, nothing.reject, nothing.reject_hint) = (last_index - 1, true, 0);
+        leader.peer(2, PeerMessage::Raft(nothing), &mut kept).unwrap();
+        leader.process(&mut kept).unwrap();
+        assert_eq!(kept.snapshots, [2]);
+
+        let membership = Arc::new(membership);
+        let compact_to = |leader: &mut Replica<u32>, index| {
+            leader.snapshot_written(index, membership.clone(), index).unwrap();
+            leader.core().log().first_index()
+        };
+        assert_eq!(compact_to(&mut leader, 100), FOUNDING_INDEX + 1, "what it needs next is kept");
+        let bound = |index| index - HELD_BACK_ENTRIES_MAX + 1;
+        assert_eq!(compact_to(&mut leader, last - 500), bound(last - 500), "but not without end");
+        leader.snapshot_sent(2, true);
+        assert_eq!(compact_to(&mut leader, last - 400), bound(last - 400), "it has to load it");
+        for _ in 0..=RESTORING_ELECTION_TIMEOUTS * ELECTION_TICKS as u64 {
+            leader.tick(Duration::ZERO, &mut kept);
+        }
+        assert_eq!(compact_to(&mut leader, last - 300), last - 300 + 1, "and no longer than that takes");
     }
 }

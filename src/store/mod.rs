@@ -8,6 +8,7 @@
 mod history;
 mod item;
 mod keys;
+mod replacement;
 mod tokens;
 mod version;
 mod windows;
@@ -18,6 +19,7 @@ use imbl::Vector;
 
 pub use self::history::{CHANGES_MAX, Change, HistoryGone, Operation};
 pub use self::item::Item;
+pub use self::replacement::Replacement;
 pub use self::tokens::TOKENS_MAX;
 pub use self::version::{Changes, Listing, Version};
 pub use self::windows::{BOOTS_PER_NODE_MAX, MISSING_RANGES_MAX};
@@ -240,6 +242,21 @@ impl StateMachine {
 
     fn changed(&mut self, index: u64, operation: Operation, key: &[u8]) {
         self.visible.history.push(Change { index, operation, key: Arc::from(key) });
+    }
+}
+
+#[cfg(test)]
+impl StateMachine {
+    /// A state of `keys` small keys, each put by an entry of its own, the first at index 1.
+    pub(crate) fn with_keys(keys: u64) -> StateMachine {
+        let mut state = StateMachine::new();
+        for number in 1..=keys {
+            let key = number.to_le_bytes().to_vec().into();
+            let value = number.to_string().into_bytes().into();
+            let command = Command::Put { key, value, condition: Condition::default(), token: None };
+            state.apply(number, 1, RequestId { node: 1, boot: 1, sequence: number }, &command);
+        }
+        state
     }
 }
 

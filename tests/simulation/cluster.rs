@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use raft::eraftpb::{Message, MessageType};
 use raftexample::applier::Done;
+use raftexample::data_dir::Received;
 use raftexample::driver::{self, REMOVAL_CONFIRMATION_TIMEOUT};
 use raftexample::membership::{Membership, NodeId};
 use raftexample::message::{AdminRequest, Refusal, WriteReply};
@@ -18,6 +19,7 @@ use raftexample::peer_network;
 use raftexample::peer_protocol::{Hello, HelloRefusal, PeerMessage};
 use raftexample::raft_core::CoreError;
 use raftexample::replica::{Answer, Replica};
+use raftexample::store::Replacement;
 
 use crate::clients::{Client, Request};
 use crate::events::Events;
@@ -91,6 +93,7 @@ pub enum Event {
         from: NodeId,
         message: Message,
         membership: Arc<Membership>,
+        state: Box<Replacement>,
     },
     SnapshotSent {
         node: NodeId,
@@ -373,12 +376,11 @@ impl<'t> World<'t> {
                 Ok(())
             }),
             Event::SnapshotArrives { from, run, to, message, file } => {
-                self.snapshot_arrives(from, run, to, &message, &file);
-                Ok(())
+                self.snapshot_arrives(from, run, to, &message, &file)
             }
-            Event::SnapshotReceived { node, from, message, membership, .. } => {
+            Event::SnapshotReceived { node, from, message, membership, state, .. } => {
                 self.note(format_args!("{node} takes the snapshot of {from}"));
-                self.input(node, |replica, host| replica.snapshot_received(from, message, membership, host))
+                self.input(node, |replica, host| replica.snapshot_received(from, message, membership, state, host))
             }
             Event::SnapshotSent { node, to, delivered, .. } => {
                 self.note(format_args!("{node} sent a snapshot to {to}: {delivered}"));
@@ -638,6 +640,7 @@ impl<'t> World<'t> {
         let files = process.files.clone();
         let info = match files.write(&capture) {
             Ok(info) => info,
+            Err(error) if error.is_fatal() => return self.ended(id, &error.to_string()),
             Err(error) => {
                 let machine = &self.machines[&id];
                 if !(machine.disk_is_faulty || machine.disk_is_full && error.is_full()) {
@@ -707,6 +710,9 @@ impl<'t> World<'t> {
             self.has_met(to, from, Met { run, boots: hello.boot >> 32 })?;
             return Ok(true);
         };
+        if let Some(reason) = process.failed() {
+            self.ended(to, &reason)?;
+        }
         self.note(format_args!("{to} refuses {from}: {refusal}"));
         if self.network.is_up(to, from) {
             let delay = ms(self.random.below(20));
@@ -799,17 +805,28 @@ impl<'t> World<'t> {
     }
 
     /// Does what a node does with a snapshot's file, see the peer inbox of a real one.
-    fn snapshot_arrives(&mut self, from: NodeId, run: u64, to: NodeId, announced: &Message, mut file: &[u8]) {
+    fn snapshot_arrives(
+        &mut self,
+        from: NodeId,
+        run: u64,
+        to: NodeId,
+        announced: &Message,
+        mut file: &[u8],
+    ) -> Checked {
         let metadata = announced.get_snapshot().get_metadata();
         let receive = |process: &mut Process| {
             process.files.check_room("a snapshot", file.len() as u64)?;
-            process.files.receive(metadata.index, &mut file)
+            process.files.receive(metadata.index, metadata.term, &mut file)
         };
         let received = self.process(to).map(receive);
         let (returns, delay) = (self.network.is_up(to, from), ms(1 + self.random.below(20)));
         let delivered = matches!(received, Some(Ok(_))) && returns;
         self.events.plan(delay, Event::SnapshotSent { node: from, run, to, delivered });
-        let Some(Ok((membership, info))) = received else { return };
+        let Received { state, membership, info } = match received {
+            Some(Ok(received)) => received,
+            Some(Err(error)) if error.is_fatal() => return self.ended(to, &error.to_string()),
+            _ => return Ok(()),
+        };
         let mut message = Message { msg_type: MessageType::MsgSnapshot, from, to, ..Message::default() };
         message.term = announced.term;
         let label = message.mut_snapshot().mut_metadata();
@@ -818,7 +835,9 @@ impl<'t> World<'t> {
         self.tally.snapshots_installed += 1;
         let delay = Duration::from_micros(self.random.below(5000));
         let run = self.machines[&to].run;
-        self.events.plan(delay, Event::SnapshotReceived { node: to, run, from, message, membership });
+        let state = Box::new(Replacement::new(state, drop));
+        self.events.plan(delay, Event::SnapshotReceived { node: to, run, from, message, membership, state });
+        Ok(())
     }
 
     fn act(&mut self, client: usize) -> Checked {

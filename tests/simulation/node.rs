@@ -463,6 +463,11 @@ impl Process {
         Ok(())
     }
 
+    /// Why it has to end, if it met somebody and could not write that down.
+    pub fn failed(&self) -> Option<Ended> {
+        self.acquaintances.failed().map(str::to_owned)
+    }
+
     /// The transfer of a snapshot has ended.
     pub fn transfer_ended(&mut self, to: NodeId) {
         self.transfers.remove(&to);
@@ -481,13 +486,12 @@ impl Process {
             if let Apply::Restore { index, .. } = &apply {
                 self.schedule.restored(*index);
             }
-            let files = &self.files;
-            let mut load = |index| files.load(index).map(|(state, _)| state).map_err(|error| error.to_string());
-            self.applier.apply(apply, &mut load, &mut done).map_err(|error| Ok(error.to_string()))?;
+            self.applier.apply(apply, &mut done).map_err(|error| Ok(error.to_string()))?;
             let (index, digest) = (self.applier.applied_index(), digest(&self.applier));
             invariants.applied(self.id, index, digest).map_err(Err)?;
         }
         self.publication.publish(self.applier.version());
+        self.applier.forget_replaced();
         Ok(done)
     }
 

@@ -1,0 +1,118 @@
+//! A driver whose peers, disk and applier are in a test's hands.
+
+use crossbeam_channel::bounded;
+use raft::eraftpb::MessageType;
+
+use super::*;
+use crate::fixtures::{ELECTION_TICKS, core_on, founders, log_on};
+use crate::memory_disk::MemoryDisk;
+use crate::store::Version;
+
+/// A network that reaches nobody.
+#[derive(Default)]
+struct Nobody {
+    failed: Option<String>,
+}
+
+impl Network for Nobody {
+    fn send(&mut self, _to: NodeId, _message: PeerMessage) -> bool {
+        false
+    }
+
+    fn send_snapshot(&mut self, _to: NodeId, _message: Message) -> bool {
+        false
+    }
+
+    fn transfer(&self, _to: NodeId) -> Option<Transfer> {
+        None
+    }
+
+    fn follow(&mut self, _membership: &Membership) {}
+
+    fn hello(&mut self, _: &Hello, _: Promises, _: &Membership) -> Result<HelloAnswer, HelloRefusal> {
+        Err(HelloRefusal::NotReady("it is a test".to_owned()))
+    }
+
+    fn failed(&self) -> Option<&str> {
+        self.failed.as_deref()
+    }
+
+    fn directory(&self, _member: NodeId) -> Option<u128> {
+        None
+    }
+
+    fn position(&mut self, _term: u64, _last_index: u64) {}
+}
+
+/// A driver of one of `members`, and the ends of its queues.
+fn driver(members: u64, network: Nobody) -> (Driver<Nobody>, Sender<Event>, Receiver<ToApplier>) {
+    let disk = MemoryDisk::new();
+    let founders = founders(members);
+    let core = core_on(log_on(&disk, 1, &founders), 1, &founders);
+    let (events_tx, events) = bounded(EVENTS_MAX);
+    let (applier, batches) = bounded(APPLY_BATCHES_MAX);
+    let (snapshotter, _) = bounded(1);
+    let started = Instant::now();
+    let room = Room::new(Arc::new(disk), Arc::new(Publication::new(Version::default())), u64::MAX, FREE_BYTES_RESERVE);
+    let driver = Driver {
+        replica: Replica::new(core, 1, ELECTION_TICKS),
+        events,
+        applier,
+        network,
+        options: DriverOptions {
+            heartbeat_interval: Duration::from_millis(10),
+            snapshot_catchup_entries: 0,
+            snapshotter,
+            room,
+        },
+        progress: Progress::new(started),
+        started,
+        more: false,
+        snapshot_asked: None,
+        offences: Offences::default(),
+    };
+    (driver, events_tx, batches)
+}
+
+#[test]
+fn offences_are_counted_by_peer_and_cause_and_not_all_of_them_are_logged() {
+    let mut offences = Offences::default();
+    let (malformed, of_type) = (Offence::Malformed("it is"), Offence::Type(MessageType::MsgHup));
+    let logged: Vec<u64> = (0..100).filter_map(|_| offences.count(2, &malformed)).collect();
+    assert_eq!(logged, [1, 2, 4, 8, 16, 32, 64]);
+    assert_eq!(offences.count(3, &malformed), Some(1), "another peer");
+    assert_eq!(offences.count(2, &of_type), Some(1), "another cause");
+    assert_eq!(offences.count(2, &malformed), None);
+
+    let mut network = Nobody::default();
+    let mut host = DriverHost { network: &mut network, offences: &mut offences, batch: Vec::new() };
+    host.offended(4, Offence::Stranger(4));
+    host.offended(5, Offence::Removed(5));
+    host.offended(6, of_type);
+    let counted: Vec<_> = offences.0.iter().map(|((from, _), count)| (*from, *count)).collect();
+    assert_eq!(counted.iter().filter(|(from, _)| *from >= 4).collect::<Vec<_>>(), [&(6, 1)], "the others are ordinary");
+    assert!(counted.contains(&(2, 101)), "{counted:?}");
+}
+
+#[test]
+fn a_disk_that_lost_a_sync_ends_the_driver() {
+    let (driver, events, _batches) = driver(1, Nobody::default());
+    events.send(Event::Failed("the disk".to_owned())).unwrap();
+    assert_eq!(driver.run().unwrap(), DriverEnd::Failed("the disk".to_owned()));
+
+    // Found while a peer introduced itself.
+    let (driver, events, _batches) = self::driver(1, Nobody { failed: Some("the list of peers".to_owned()) });
+    let me = crate::peer_protocol::NodeIdentity {
+        cluster: None,
+        id: 2,
+        directory: 2,
+        boot: 1,
+        earlier_boots: Arc::default(),
+        url: String::new(),
+    };
+    let hello = Hello::new(&me, 1, &crate::peer_protocol::LogPosition::default());
+    let (reply, answers) = bounded(1);
+    events.send(Event::Hello(Box::new(hello), reply)).unwrap();
+    assert_eq!(driver.run().unwrap(), DriverEnd::Failed("the list of peers".to_owned()));
+    assert!(answers.recv().unwrap().is_err());
+}

@@ -1,0 +1,206 @@
+//! The threads of a node with the ends of their queues in a test's hands.
+
+use std::time::Duration;
+
+use super::*;
+use crate::fixtures::{self, CLUSTER};
+use crate::memory_disk::{Failure, MemoryDisk, Operation};
+use crate::store::StateMachine;
+
+/// Within which everything here happens, on a busy machine too.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+#[track_caller]
+fn wait_until(condition: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < DEADLINE, "it did not come to that");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn three() -> Arc<Membership> {
+    Arc::new(fixtures::founders(3))
+}
+
+/// A snapshot of so many keys as it travels, and its header.
+fn snapshot_of(keys: u64) -> (SnapshotHeader, Vec<u8>) {
+    let mut file = Vec::new();
+    crate::snapshot::write(&StateMachine::with_keys(keys).capture(three()), CLUSTER, &mut file).unwrap();
+    (SnapshotHeader { index: keys, term: 1, leader_term: 1, bytes: file.len() as u64 }, file)
+}
+
+fn inbox(events: Sender<Event>) -> Inbox {
+    let files = SnapshotFiles::new(Arc::new(MemoryDisk::new()), CLUSTER);
+    let peer_bytes = ByteBudget::new(PEER_BYTES_MAX);
+    Inbox { events, files, me: 1, peer_bytes, receiving: AtomicBool::new(false) }
+}
+
+#[test]
+fn a_received_snapshot_is_read_and_what_it_replaces_is_freed_by_the_peers_thread() {
+    let (events, driver) = bounded(1);
+    let inbox = inbox(events);
+    let (header, file) = snapshot_of(10);
+    let receive = || inbox.receive_snapshot(2, &header, &mut &file[..]);
+    thread::scope(|scope| {
+        let receiving = scope.spawn(receive);
+        let Ok(Event::SnapshotReceived { from: 2, message, mut state, .. }) = driver.recv_timeout(DEADLINE) else {
+            panic!("the driver hears of the snapshot");
+        };
+        assert_eq!(message.get_snapshot().get_metadata().index, 10);
+        // Two states are in memory: no third one is taken in.
+        assert!(matches!(inbox.offer_snapshot(3, &header), Err(SnapshotRefusal::Unwanted(_))));
+        assert!(matches!(receive(), Err(SnapshotRefusal::Unwanted(_))));
+        let mut in_use = StateMachine::with_keys(5);
+        state.replace(&mut in_use);
+        assert_eq!((in_use.applied_index(), in_use.version().keys()), (10, 10));
+        assert!(!receiving.is_finished(), "it waits for what is left");
+        drop(state);
+        assert!(receiving.join().unwrap().is_ok());
+
+        // The next one, for which nobody has a use: or the node has stopped.
+        let receiving = scope.spawn(receive);
+        drop(driver.recv_timeout(DEADLINE).unwrap());
+        assert!(receiving.join().unwrap().is_ok());
+        drop(driver);
+        assert_eq!(receive(), Err(SnapshotRefusal::Stopping));
+    });
+}
+
+#[test]
+fn a_directory_that_cannot_be_synced_behind_a_snapshot_ends_the_node() {
+    let (events, driver) = bounded(1);
+    let (header, file) = snapshot_of(10);
+    let disk = MemoryDisk::new();
+    let files = SnapshotFiles::new(Arc::new(disk.clone()), CLUSTER);
+    let inbox = Inbox { files: files.clone(), ..inbox(events.clone()) };
+    disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
+    assert_eq!(inbox.receive_snapshot(2, &header, &mut &file[..]), Err(SnapshotRefusal::Stopping));
+    assert!(matches!(driver.try_recv(), Ok(Event::Failed(reason)) if reason.contains("failed to sync the directory")));
+
+    let (orders_tx, orders) = bounded(CAPTURES_MAX);
+    let capture = Box::new(StateMachine::with_keys(10).capture(three()));
+    let (reply, replies) = bounded(1);
+    orders_tx.send(ToSnapshotter::Write(capture, Some(reply))).unwrap();
+    disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
+    let reason = SnapshotterThread { orders, files, events, failed: Arc::default() }.run().unwrap_err();
+    assert!(reason.contains("failed to sync the directory"), "{reason}");
+    assert!(driver.is_empty() && replies.recv().is_err(), "the log must not name it");
+}
+
+#[test]
+fn a_snapshot_of_another_term_than_announced_is_refused() {
+    // With nobody to hear of it: it must not come to that.
+    let inbox = inbox(bounded(1).0);
+    let (header, file) = snapshot_of(10);
+    for term in [2, 0] {
+        let refused = inbox.receive_snapshot(2, &SnapshotHeader { term, ..header }, &mut &file[..]);
+        assert!(matches!(refused, Err(SnapshotRefusal::Damaged(_))), "{refused:?}");
+    }
+}
+
+fn append(bytes: usize) -> PeerMessage {
+    let entry = raft::eraftpb::Entry { data: vec![7; bytes].into(), ..Default::default() };
+    PeerMessage::Raft(Message { msg_type: MessageType::MsgAppend, entries: vec![entry].into(), ..Message::default() })
+}
+
+#[test]
+fn peers_wait_while_too_many_bytes_of_theirs_wait_for_the_driver() {
+    const PEERS: usize = 4;
+    const EACH: usize = 10;
+    const BYTES: usize = 4 << 20;
+    let (events, driver) = bounded(EVENTS_MAX);
+    let inbox = inbox(events);
+    thread::scope(|scope| {
+        for peer in 1..=PEERS {
+            let inbox = &inbox;
+            scope.spawn(move || (0..EACH).for_each(|_| inbox.deliver(peer as u64, vec![append(BYTES)]).unwrap()));
+        }
+        let is_full = |bytes| (PEER_BYTES_MAX - BYTES - 1000..=PEER_BYTES_MAX).contains(&bytes);
+        wait_until(|| is_full(inbox.peer_bytes.used()));
+        // One that fits nowhere has its turn too, alone.
+        scope.spawn(|| inbox.deliver(0, vec![append(PEER_BYTES_MAX)]).unwrap());
+        let mut delivered = [0; PEERS + 1];
+        for _ in 0..=PEERS * EACH {
+            let waiting = inbox.peer_bytes.used();
+            assert!(waiting <= PEER_BYTES_MAX || driver.len() <= 1, "{waiting} bytes in {} events", driver.len());
+            let Ok(Event::Peer(from, messages, share)) = driver.recv_timeout(DEADLINE) else {
+                panic!("what a peer sends arrives, however much it is");
+            };
+            assert_eq!(messages.len(), 1);
+            delivered[from as usize] += 1;
+            drop(share);
+        }
+        assert_eq!(delivered, [1, EACH, EACH, EACH, EACH]);
+    });
+    assert_eq!(inbox.peer_bytes.used(), 0);
+
+    // When the driver has ended, nobody waits for it.
+    inbox.deliver(1, vec![append(PEER_BYTES_MAX)]).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| inbox.deliver(2, vec![append(1)]));
+        drop(inbox.peer_bytes.closer());
+        assert_eq!(waiting.join().unwrap(), Err(peer_server::Stopped));
+    });
+}
+
+/// Bounded here; set the variable for more. With `--nocapture` it shows how long who was busy.
+const KEYS_VARIABLE: &str = "RAFTEXAMPLE_SNAPSHOT_KEYS";
+const KEYS: u64 = 50_000;
+
+#[test]
+fn the_applier_neither_reads_nor_frees_a_large_state() {
+    let keys = std::env::var(KEYS_VARIABLE).ok().map_or(KEYS, |keys| keys.parse().unwrap());
+    let Appliers { applier, batches, publication, .. } = applier(StateMachine::with_keys(keys));
+    let (back, rest) = bounded(1);
+    let at_return = publication.clone();
+    let state = Replacement::new(StateMachine::with_keys(keys + 1), move |rest| {
+        drop(back.try_send((rest, at_return.last().applied_index())));
+    });
+    let (reply, replies) = bounded(1);
+    thread::scope(|scope| {
+        let applier = scope.spawn(|| applier.run());
+        let started = Instant::now();
+        let restore = Apply::Restore { index: keys + 1, membership: three(), state: Box::new(state) };
+        batches.send(ToApplier::Batch(vec![restore, Apply::Reads(vec![ReplyTo::Thread(reply)])])).unwrap();
+        let Ok(Reply::Read(Ok(version))) = replies.recv_timeout(DEADLINE) else { panic!("a read is answered") };
+        println!("{keys} keys were replaced in {:?}", started.elapsed());
+        assert_eq!((version.applied_index(), version.keys() as u64), (keys + 1, keys + 1));
+        let (rest, published_then) = rest.recv_timeout(DEADLINE).unwrap();
+        assert_eq!(rest.version().keys() as u64, keys, "the old state comes back whole");
+        assert_eq!(published_then, keys + 1, "it is not published any more, or the applier would free it after all");
+        let started = Instant::now();
+        drop(rest);
+        println!("and freed in {:?}", started.elapsed());
+        drop(batches);
+        assert_eq!(applier.join().unwrap(), Ok(()));
+    });
+}
+
+/// An applier's thread that is not started yet, and the other ends of its queues.
+struct Appliers {
+    applier: ApplierThread,
+    batches: Sender<ToApplier>,
+    publication: Arc<Publication>,
+    _orders: Receiver<ToSnapshotter>,
+}
+
+fn applier(state: StateMachine) -> Appliers {
+    let (batches_tx, batches) = bounded(APPLY_BATCHES_MAX);
+    let (snapshotter, _orders) = bounded(CAPTURES_MAX);
+    let captured = state.applied_index();
+    let applier = Applier::new(state, three());
+    let publication = Arc::new(Publication::new(applier.version()));
+    let applier = ApplierThread {
+        applier,
+        batches,
+        snapshotter,
+        publication: publication.clone(),
+        watchers: Arc::new(Watchers::default()),
+        mailboxes: Vec::new(),
+        progress: Progress::new(Instant::now()),
+        schedule: SnapshotSchedule::new(u64::MAX, captured),
+        snapshot_failed: Arc::new(AtomicBool::new(false)),
+    };
+    Appliers { applier, batches: batches_tx, publication, _orders }
+}
