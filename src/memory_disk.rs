@@ -96,13 +96,19 @@ pub struct Counts {
 #[derive(Clone, Default)]
 struct Content {
     len: u64,
-    /// Sectors that are not there are zeros, so that a large preallocated file costs nothing.
-    sectors: BTreeMap<u64, Box<Sector>>,
+    /// Sectors that are not there are zeros, so that a large preallocated file costs nothing. A sector is shared by all
+    /// states of the file that have it, and replaced when it changes.
+    sectors: BTreeMap<u64, Arc<Sector>>,
 }
 
 impl Content {
-    fn sector(&self, number: u64) -> Sector {
-        self.sectors.get(&number).map_or([0; SECTOR_BYTES], |sector| **sector)
+    fn sector(&self, number: u64) -> Arc<Sector> {
+        self.sectors.get(&number).cloned().unwrap_or_else(|| Arc::new([0; SECTOR_BYTES]))
+    }
+
+    /// The sector, to be changed.
+    fn sector_mut(&mut self, number: u64) -> &mut Sector {
+        Arc::make_mut(self.sectors.entry(number).or_insert_with(|| Arc::new([0; SECTOR_BYTES])))
     }
 
     /// Applies a length: nothing lies beyond it.
@@ -111,7 +117,7 @@ impl Content {
         let sector_bytes = SECTOR_BYTES as u64;
         self.sectors.split_off(&len.div_ceil(sector_bytes));
         if let Some(sector) = self.sectors.get_mut(&(len / sector_bytes)) {
-            sector[(len % sector_bytes) as usize..].fill(0);
+            Arc::make_mut(sector)[(len % sector_bytes) as usize..].fill(0);
         }
     }
 
@@ -153,7 +159,7 @@ struct Inode {
     current: Content,
     durable: Content,
     /// Every state a sector was in since the last sync, each with the number of the change that made it.
-    dirty: BTreeMap<u64, Vec<(u64, Sector)>>,
+    dirty: BTreeMap<u64, Vec<(u64, Arc<Sector>)>>,
     /// Every length since the last sync, likewise.
     lengths: Vec<(u64, u64)>,
     /// Open handles: on Unix a file lives as long as one of them, whatever its name.
@@ -163,9 +169,8 @@ struct Inode {
 impl Inode {
     fn write(&mut self, change: u64, bytes: &[u8], offset: u64) {
         for (at, count, number, within) in pieces(offset, bytes.len()) {
-            let sector = self.current.sectors.entry(number).or_insert_with(|| Box::new([0; SECTOR_BYTES]));
-            sector[within..within + count].copy_from_slice(&bytes[at..at + count]);
-            self.dirty.entry(number).or_default().push((change, **sector));
+            self.current.sector_mut(number)[within..within + count].copy_from_slice(&bytes[at..at + count]);
+            self.dirty.entry(number).or_default().push((change, self.current.sector(number)));
         }
         let end = offset + bytes.len() as u64;
         if end > self.current.len {
@@ -188,9 +193,9 @@ impl Inode {
         if self.dirty.is_empty() && self.lengths.is_empty() {
             return;
         }
-        for (number, states) in std::mem::take(&mut self.dirty) {
-            if let Some((_, sector)) = states.last() {
-                **self.durable.sectors.entry(number).or_insert_with(|| Box::new([0; SECTOR_BYTES])) = *sector;
+        for (number, mut states) in std::mem::take(&mut self.dirty) {
+            if let Some((_, sector)) = states.pop() {
+                self.durable.sectors.insert(number, sector);
             }
         }
         self.lengths.clear();
@@ -205,7 +210,7 @@ impl Inode {
     fn crash(&mut self, loss: Loss, random: &mut SplitMix64) {
         for (number, states) in std::mem::take(&mut self.dirty) {
             if let Some(state) = loss.choose(&states, random) {
-                self.durable.sectors.insert(number, Box::new(state));
+                self.durable.sectors.insert(number, state);
             }
         }
         let len = loss.choose(&self.lengths, random).unwrap_or(self.durable.len);
@@ -239,7 +244,7 @@ impl Loss {
     }
 
     /// Which of the unsynced `states` survives, oldest first; `None`: none of them.
-    fn choose<T: Copy>(self, states: &[(u64, T)], random: &mut SplitMix64) -> Option<T> {
+    fn choose<T: Clone>(self, states: &[(u64, T)], random: &mut SplitMix64) -> Option<T> {
         let kept = match self {
             Loss::Everything => 0,
             Loss::Nothing => states.len(),
@@ -250,7 +255,7 @@ impl Loss {
             }
             Loss::Scattered => random.below(states.len() as u64 + 1) as usize,
         };
-        kept.checked_sub(1).map(|last| states[last].1)
+        kept.checked_sub(1).map(|last| states[last].1.clone())
     }
 
     fn keeps(self, change: u64, random: &mut SplitMix64) -> bool {
@@ -530,9 +535,7 @@ impl MemoryDisk {
         assert!(bit / 8 < inode.current.len, "the bit to flip is in the file");
         let byte = bit / 8;
         for content in [&mut inode.current, &mut inode.durable] {
-            let sector = content.sectors.entry(byte / SECTOR_BYTES as u64);
-            let sector = sector.or_insert_with(|| Box::new([0; SECTOR_BYTES]));
-            sector[(byte % SECTOR_BYTES as u64) as usize] ^= 1 << (bit % 8);
+            content.sector_mut(byte / SECTOR_BYTES as u64)[(byte % SECTOR_BYTES as u64) as usize] ^= 1 << (bit % 8);
         }
     }
 

@@ -84,13 +84,15 @@ fn changing_members() {
 /// Any of the above: this is what is run with ever new seeds.
 fn any(seed: u64) -> Scenario {
     let mut random = Random::new(seed);
-    match random.below(10) {
+    let scenario = match random.below(10) {
         0 => scenario(1),
         1..4 => scenario(3),
         4 => scenario(5),
         5..7 => left_broken(random.next()),
         _ => changing(),
-    }
+    };
+    // Most mistakes need little time, and some a long one.
+    Scenario { chaos: Duration::from_secs(10 + random.below(21)), ..scenario }
 }
 
 #[test]
