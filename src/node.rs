@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, select};
 use raft::eraftpb::{Message, MessageType};
 use slog::Drain;
 
@@ -73,6 +73,9 @@ use crate::watch::Watchers;
 /// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
 pub const CAPTURES_MAX: usize = 1;
 
+/// Orders to remove older snapshots: one says it all until it is obeyed.
+pub const REMOVALS_MAX: usize = 1;
+
 /// How long after a snapshot that could not be written the next attempt is made: the disk is mostly full then, and what
 /// is full stays so for a while.
 pub const SNAPSHOT_RETRY_INTERVAL: Duration = Duration::from_secs(10);
@@ -100,6 +103,7 @@ pub struct ApplierThread {
     applier: Applier,
     batches: Receiver<ToApplier>,
     snapshotter: Sender<ToSnapshotter>,
+    removals: Sender<u64>,
     published: Arc<ArcSwap<Version>>,
     watchers: Arc<Watchers>,
     /// Ways into the event loops whose connections wait for answers.
@@ -178,7 +182,7 @@ impl ApplierThread {
         self.captured = index;
         self.snapshot_at = index.saturating_add(self.snapshot_count);
         // Full, the order comes again behind the next snapshot.
-        drop(self.snapshotter.try_send(ToSnapshotter::RemoveOlder(index)));
+        let _ = self.removals.try_send(index);
     }
 
     fn is_snapshot_due(&mut self) -> bool {
@@ -194,13 +198,13 @@ impl ApplierThread {
     /// Takes a snapshot of this moment, unless one is still being written.
     fn capture(&mut self, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) {
         let capture = Box::new(self.applier.capture());
-        match self.snapshotter.try_send(ToSnapshotter::Write(capture, reply)) {
+        match self.snapshotter.try_send(ToSnapshotter { capture, reply }) {
             Ok(()) => {
                 self.captured = self.applier.applied_index();
                 self.snapshot_at = self.captured.saturating_add(self.snapshot_count);
                 self.retry_at = None;
             }
-            Err(TrySendError::Full(ToSnapshotter::Write(_, Some(reply)))) => {
+            Err(TrySendError::Full(ToSnapshotter { reply: Some(reply), .. })) => {
                 drop(reply.try_send(Err(Refusal::Overloaded("another snapshot is being written"))));
             }
             // Tried again after the next batch; or the node ends.
@@ -212,6 +216,7 @@ impl ApplierThread {
 /// The snapshotter's thread: writes snapshots, so that neither the driver nor the applier waits for a large file.
 pub struct SnapshotterThread {
     orders: Receiver<ToSnapshotter>,
+    removals: Receiver<u64>,
     files: SnapshotFiles,
     events: Sender<Event>,
     /// Tells the applier to come again.
@@ -221,17 +226,27 @@ pub struct SnapshotterThread {
 impl SnapshotterThread {
     fn run(self) -> Result<(), String> {
         be_nice();
-        for order in &self.orders {
-            match order {
-                ToSnapshotter::Write(capture, reply) => self.write(&capture, reply)?,
-                ToSnapshotter::RemoveOlder(index) => {
-                    if let Err(error) = self.files.remove_older(index) {
-                        log::warn!("{error}; it will be tried again after the next snapshot");
-                    }
-                }
+        loop {
+            select! {
+                recv(self.orders) -> order => match order {
+                    Ok(ToSnapshotter { capture, reply }) => self.write(&capture, reply)?,
+                    Err(_) => break,
+                },
+                recv(self.removals) -> index => match index {
+                    Ok(index) => self.remove_older(index),
+                    Err(_) => break,
+                },
             }
         }
+        // Who gives orders has ended, and says why: this thread must not be the first to end because of that.
+        self.removals.iter().for_each(|index| self.remove_older(index));
         Ok(())
+    }
+
+    fn remove_older(&self, index: u64) {
+        if let Err(error) = self.files.remove_older(index) {
+            log::warn!("{error}; it will be tried again after the next snapshot");
+        }
     }
 
     /// A snapshot that can't be written costs disk space and a longer restart, not the node: the log still has it all.
@@ -619,7 +634,8 @@ impl Node {
         let acquaintances = Acquaintances::open(disk.clone()).map_err(|error| NodeError(error.to_string()))?;
         let (events_tx, events) = bounded(EVENTS_MAX);
         let (applier_tx, batches) = bounded(APPLY_BATCHES_MAX);
-        let (snapshotter_tx, orders) = bounded(CAPTURES_MAX);
+        let (snapshotter, orders) = bounded(CAPTURES_MAX);
+        let (removals_tx, removals) = bounded(REMOVALS_MAX);
         let files = SnapshotFiles::new(disk.clone(), identity.cluster);
         let gentle_files = SnapshotFiles::new(Arc::new(GentleDisk::new(disk.clone())), identity.cluster);
         let applier = Applier::new(state, membership);
@@ -642,7 +658,8 @@ impl Node {
         let applier = ApplierThread {
             applier,
             batches,
-            snapshotter: snapshotter_tx.clone(),
+            snapshotter,
+            removals: removals_tx.clone(),
             published,
             watchers: watchers.clone(),
             mailboxes: event_loops.iter().map(EventLoop::mailbox).collect(),
@@ -653,8 +670,13 @@ impl Node {
             snapshot_failed: snapshot_failed.clone(),
             retry_at: None,
         };
-        let snapshotter =
-            SnapshotterThread { orders, files: gentle_files, events: events_tx.clone(), failed: snapshot_failed };
+        let snapshotter = SnapshotterThread {
+            orders,
+            removals,
+            files: gentle_files,
+            events: events_tx.clone(),
+            failed: snapshot_failed,
+        };
         let driver = Driver {
             replica: Replica::new(core, boot, config.election_ticks),
             events,
@@ -670,7 +692,7 @@ impl Node {
             options: DriverOptions {
                 heartbeat_interval: config.heartbeat_interval,
                 snapshot_catchup_entries: config.snapshot_catchup_entries,
-                snapshotter: snapshotter_tx,
+                removals: removals_tx,
                 room,
             },
             progress: driver_progress,
