@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -62,6 +63,10 @@ pub const SNAPSHOT_ASK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How long a stopping leader waits for another to take over, and for requests in flight to end.
 pub const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long a node that ends waits for its peers to take its last messages: a member that it has answered for, and who
+/// waits for that elsewhere, should not have to wait until its deadline.
+pub const LAST_MESSAGES_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Free bytes of the disk below which PUTs are refused. The log allocates its next segment whole, so below one segment
 /// the next roll may end the node; a second one is for what comes in before the free space is looked at again, and for
@@ -178,6 +183,19 @@ pub enum Event {
     Stop,
 }
 
+impl Event {
+    /// Tells whoever waits for an answer that the node is stopping.
+    fn refuse(self) {
+        match self {
+            Event::Client(request) => request.refuse(Refusal::Stopping),
+            Event::Clients(requests) => requests.into_iter().for_each(|request| request.refuse(Refusal::Stopping)),
+            Event::Admin { reply, .. } => reply.send(Reply::Admin(AdminReply::Refused(Refusal::Stopping))),
+            // The others hear of it when their place for an answer is dropped.
+            _ => {}
+        }
+    }
+}
+
 /// Threads that the driver's messages go to.
 pub trait Network: Send {
     /// Queues a message for a peer; false if it was surely not sent.
@@ -197,6 +215,8 @@ pub trait Network: Send {
     ) -> Result<HelloAnswer, HelloRefusal>;
     /// Why this node has to end, if checking a hello found that.
     fn failed(&self) -> Option<&str>;
+    /// Sends what is queued, if that can be done `within` this time, and ends all connections.
+    fn stop(&mut self, within: Duration);
     /// The data directory of a member, this node included, if it is known.
     fn directory(&self, member: NodeId) -> Option<u128>;
     /// Where this node's log ends, for its own introductions.
@@ -213,12 +233,12 @@ pub enum ToApplier {
     Snapshot(Sender<Result<SnapshotInfo, Refusal>>),
 }
 
-/// What the snapshotter is asked to do.
-pub enum ToSnapshotter {
-    /// Write this; tell who waits.
-    Write(Box<Capture>, Option<Sender<Result<SnapshotInfo, Refusal>>>),
-    /// The log names a snapshot of this index: older ones are not needed.
-    RemoveOlder(u64),
+/// What the snapshotter is asked to write.
+pub struct ToSnapshotter {
+    /// The state.
+    pub capture: Box<Capture>,
+    /// Who waits for it.
+    pub reply: Option<Sender<Result<SnapshotInfo, Refusal>>>,
 }
 
 /// When a thread last made progress, in milliseconds since the node started.
@@ -252,8 +272,9 @@ pub struct DriverOptions {
     pub heartbeat_interval: Duration,
     /// Entries kept behind a snapshot for followers that are a little late.
     pub snapshot_catchup_entries: u64,
-    /// Orders to remove old snapshots go here.
-    pub snapshotter: Sender<ToSnapshotter>,
+    /// Here goes the index of a snapshot that the log names: older ones are not needed. Not in the way of what is to be
+    /// written.
+    pub removals: Sender<u64>,
     /// Tells when PUTs are to be refused.
     pub room: Room,
 }
@@ -311,7 +332,20 @@ pub enum DriverEnd {
 
 impl<N: Network> Driver<N> {
     /// Runs until told to stop, until this node is removed, or until it can't keep its promises: then with the reason.
-    pub fn run(mut self) -> Result<DriverEnd, CoreError> {
+    ///
+    /// What comes in after the end is refused for as long as the process lives: who found the queue still open should
+    /// not wait for an answer until his deadline.
+    pub fn run(self) -> Result<DriverEnd, CoreError> {
+        let late = self.events.clone();
+        let end = self.drive();
+        let refusing = thread::Builder::new().name("late-events".to_owned());
+        if let Err(error) = refusing.spawn(move || late.iter().for_each(Event::refuse)) {
+            log::warn!("failed to start the thread that refuses late requests: {error}");
+        }
+        end
+    }
+
+    fn drive(mut self) -> Result<DriverEnd, CoreError> {
         let mut next_tick = Instant::now() + self.options.heartbeat_interval;
         let mut stop_by: Option<Instant> = None;
         let mut removed_by: Option<Instant> = None;
@@ -356,20 +390,12 @@ impl<N: Network> Driver<N> {
         }
     }
 
-    /// Answers all who wait, those too who have only just asked.
+    /// Answers all who wait, those too who have only just asked, on this node and elsewhere.
     fn end(&mut self, removed: bool) {
         let mut host = DriverHost { network: &mut self.network, offences: &mut self.offences, batch: Vec::new() };
         self.replica.stop(removed, &mut host);
-        for event in self.events.try_iter().take(EVENTS_MAX) {
-            match event {
-                Event::Client(request) => request.refuse(Refusal::Stopping),
-                Event::Clients(requests) => requests.into_iter().for_each(|request| request.refuse(Refusal::Stopping)),
-                Event::Admin { reply, .. } => {
-                    host.answer(reply, Answer::Admin(AdminReply::Refused(Refusal::Stopping)));
-                }
-                _ => {}
-            }
-        }
+        self.events.try_iter().take(EVENTS_MAX).for_each(Event::refuse);
+        self.network.stop(LAST_MESSAGES_TIMEOUT);
     }
 
     /// One event or tick, and whatever else is waiting; then one round of processing.
@@ -410,7 +436,7 @@ impl<N: Network> Driver<N> {
         if let Some(index) = turn.snapshot_written {
             // Only now: a message that announces an older one may just have been on its way to the network.
             // Full, it is writing the next one, behind which this order will be given again.
-            drop(self.options.snapshotter.try_send(ToSnapshotter::RemoveOlder(index)));
+            let _ = self.options.removals.try_send(index);
         }
         self.progress.note();
         Ok(turn)

@@ -35,7 +35,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, select};
 use raft::eraftpb::{Message, MessageType};
 use slog::Drain;
 
@@ -73,6 +73,9 @@ use crate::watch::Watchers;
 /// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
 pub const CAPTURES_MAX: usize = 1;
 
+/// Orders to remove older snapshots: one says it all until it is obeyed.
+pub const REMOVALS_MAX: usize = 1;
+
 /// The snapshotter's niceness, from 0, as for others, to 19: against one busy thread it gets a tenth of a processor.
 const SNAPSHOTTER_NICENESS: i32 = 10;
 
@@ -97,6 +100,7 @@ pub struct ApplierThread {
     batches: Receiver<ToApplier>,
     snapshotter: Sender<ToSnapshotter>,
     publication: Arc<Publication>,
+    removals: Sender<u64>,
     watchers: Arc<Watchers>,
     /// Ways into the event loops whose connections wait for answers.
     mailboxes: Vec<Arc<Mailbox<Reply>>>,
@@ -180,7 +184,7 @@ impl ApplierThread {
         log::info!("restored the snapshot of index {index}");
         self.schedule.restored(index);
         // Full, the order comes again behind the next snapshot.
-        drop(self.snapshotter.try_send(ToSnapshotter::RemoveOlder(index)));
+        let _ = self.removals.try_send(index);
     }
 
     fn is_snapshot_due(&mut self) -> bool {
@@ -194,9 +198,9 @@ impl ApplierThread {
     /// Takes a snapshot of this moment, unless one is still being written.
     fn capture(&mut self, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) {
         let capture = Box::new(self.applier.capture());
-        match self.snapshotter.try_send(ToSnapshotter::Write(capture, reply)) {
+        match self.snapshotter.try_send(ToSnapshotter { capture, reply }) {
             Ok(()) => self.schedule.captured(self.applier.applied_index()),
-            Err(TrySendError::Full(ToSnapshotter::Write(_, Some(reply)))) => {
+            Err(TrySendError::Full(ToSnapshotter { reply: Some(reply), .. })) => {
                 drop(reply.try_send(Err(Refusal::Overloaded("another snapshot is being written"))));
             }
             // Tried again after the next batch; or the node ends.
@@ -208,6 +212,7 @@ impl ApplierThread {
 /// The snapshotter's thread: writes snapshots, so that neither the driver nor the applier waits for a large file.
 pub struct SnapshotterThread {
     orders: Receiver<ToSnapshotter>,
+    removals: Receiver<u64>,
     files: SnapshotFiles,
     events: Sender<Event>,
     /// Tells the applier to come again.
@@ -217,17 +222,27 @@ pub struct SnapshotterThread {
 impl SnapshotterThread {
     fn run(self) -> Result<(), String> {
         be_nice();
-        for order in &self.orders {
-            match order {
-                ToSnapshotter::Write(capture, reply) => self.write(&capture, reply)?,
-                ToSnapshotter::RemoveOlder(index) => {
-                    if let Err(error) = self.files.remove_older(index) {
-                        log::warn!("{error}; it will be tried again after the next snapshot");
-                    }
-                }
+        loop {
+            select! {
+                recv(self.orders) -> order => match order {
+                    Ok(ToSnapshotter { capture, reply }) => self.write(&capture, reply)?,
+                    Err(_) => break,
+                },
+                recv(self.removals) -> index => match index {
+                    Ok(index) => self.remove_older(index),
+                    Err(_) => break,
+                },
             }
         }
+        // Who gives orders has ended, and says why: this thread must not be the first to end because of that.
+        self.removals.iter().for_each(|index| self.remove_older(index));
         Ok(())
+    }
+
+    fn remove_older(&self, index: u64) {
+        if let Err(error) = self.files.remove_older(index) {
+            log::warn!("{error}; it will be tried again after the next snapshot");
+        }
     }
 
     /// A snapshot that can't be written costs disk space and a longer restart, not the node: the log still has it all.
@@ -639,7 +654,8 @@ impl Node {
         let acquaintances = Acquaintances::open(disk.clone()).map_err(|error| NodeError(error.to_string()))?;
         let (events_tx, events) = bounded(EVENTS_MAX);
         let (applier_tx, batches) = bounded(APPLY_BATCHES_MAX);
-        let (snapshotter_tx, orders) = bounded(CAPTURES_MAX);
+        let (snapshotter, orders) = bounded(CAPTURES_MAX);
+        let (removals_tx, removals) = bounded(REMOVALS_MAX);
         let files = SnapshotFiles::new(disk.clone(), identity.cluster);
         let gentle_files = SnapshotFiles::new(Arc::new(GentleDisk::new(disk.clone())), identity.cluster);
         let applier = Applier::new(state, membership);
@@ -662,7 +678,8 @@ impl Node {
         let applier = ApplierThread {
             applier,
             batches,
-            snapshotter: snapshotter_tx.clone(),
+            snapshotter,
+            removals: removals_tx.clone(),
             publication,
             watchers: watchers.clone(),
             mailboxes: event_loops.iter().map(EventLoop::mailbox).collect(),
@@ -670,8 +687,13 @@ impl Node {
             schedule: SnapshotSchedule::new(config.snapshot_count, snapshot_index),
             snapshot_failed: snapshot_failed.clone(),
         };
-        let snapshotter =
-            SnapshotterThread { orders, files: gentle_files, events: events_tx.clone(), failed: snapshot_failed };
+        let snapshotter = SnapshotterThread {
+            orders,
+            removals,
+            files: gentle_files,
+            events: events_tx.clone(),
+            failed: snapshot_failed,
+        };
         let driver = Driver {
             replica: Replica::new(core, boot, config.election_ticks),
             events,
@@ -687,7 +709,7 @@ impl Node {
             options: DriverOptions {
                 heartbeat_interval: config.heartbeat_interval,
                 snapshot_catchup_entries: config.snapshot_catchup_entries,
-                snapshotter: snapshotter_tx,
+                removals: removals_tx,
                 room,
             },
             progress: driver_progress,

@@ -255,6 +255,10 @@ impl Network for PeerNetwork {
         self.acquaintances.failed()
     }
 
+    fn stop(&mut self, within: Duration) {
+        PeerSender::stop(std::mem::take(&mut self.senders).into_values().map(|(_, sender)| sender), within);
+    }
+
     fn directory(&self, member: NodeId) -> Option<u128> {
         if member == self.me.id { Some(self.me.directory) } else { self.acquaintances.directory(member) }
     }

@@ -298,7 +298,7 @@ pub enum HelloRefusal {
     OtherDirectory,
     /// The sender's data directory is older than it was: a copy took its place, and later promises were lost. 409.
     OlderCopy,
-    /// No protocol that both speak. 426.
+    /// No protocol that both speak. 406, for 426 has to name a protocol that HTTP could be upgraded to.
     NoCommonProtocol {
         /// The oldest the refusing node speaks.
         min: u32,
@@ -319,7 +319,7 @@ impl HelloRefusal {
             HelloRefusal::WrongId { .. } => 421,
             HelloRefusal::Removed => 410,
             HelloRefusal::OtherDirectory | HelloRefusal::OlderCopy => 409,
-            HelloRefusal::NoCommonProtocol { .. } => 426,
+            HelloRefusal::NoCommonProtocol { .. } => 406,
             HelloRefusal::Malformed(_) => 400,
             HelloRefusal::NotReady(_) => 503,
         }
@@ -1478,8 +1478,8 @@ mod tests {
         let status = |hello: Hello| hello.check(&me).unwrap_err().status();
         assert_eq!(status(Hello { cluster: theirs.map(ClusterId), ..hello.clone() }), 412);
         assert_eq!(status(Hello { to: 3, ..hello.clone() }), 421);
-        assert_eq!(status(Hello { protocol_min: 98, protocol_max: 99, ..hello.clone() }), 426);
-        assert_eq!(status(Hello { protocol_min: 0, protocol_max: 0, ..hello }), 426);
+        assert_eq!(status(Hello { protocol_min: 98, protocol_max: 99, ..hello.clone() }), 406);
+        assert_eq!(status(Hello { protocol_min: 0, protocol_max: 0, ..hello }), 406);
     }
 
     #[test]

@@ -182,10 +182,12 @@ impl PeerSender {
         }
     }
 
-    /// Stops both lanes, gives them `within` to send what is queued, and then cuts their connections.
-    pub fn stop(self, within: Duration) {
+    /// Stops all lanes, gives them `within` to send what is queued, and then cuts their connections.
+    pub fn stop(senders: impl IntoIterator<Item = PeerSender>, within: Duration) {
         let deadline = Instant::now() + within;
-        let lanes = [self.fast, self.bulk].map(|lane| (lane.ended, lane.agent));
+        let lanes = senders.into_iter().flat_map(|sender| [sender.fast, sender.bulk]);
+        // All at once: a peer that does not answer must not take the others' time.
+        let lanes: Vec<_> = lanes.map(|lane| (lane.ended, lane.agent)).collect();
         for (ended, agent) in lanes {
             let _ = ended.recv_deadline(deadline);
             agent.shutdown();

@@ -6,12 +6,18 @@ use raft::eraftpb::MessageType;
 use super::*;
 use crate::fixtures::{ELECTION_TICKS, core_on, founders, log_on};
 use crate::memory_disk::MemoryDisk;
+use crate::message::WriteReply;
 use crate::store::Version;
+
+/// Within which everything here happens, on a busy machine too.
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A network that reaches nobody.
 #[derive(Default)]
 struct Nobody {
     failed: Option<String>,
+    /// Comes in while the last messages are sent.
+    late: Option<(Sender<Event>, Event)>,
 }
 
 impl Network for Nobody {
@@ -37,6 +43,12 @@ impl Network for Nobody {
         self.failed.as_deref()
     }
 
+    fn stop(&mut self, _within: Duration) {
+        if let Some((events, event)) = self.late.take() {
+            events.send(event).unwrap();
+        }
+    }
+
     fn directory(&self, _member: NodeId) -> Option<u128> {
         None
     }
@@ -51,7 +63,7 @@ fn driver(members: u64, network: Nobody) -> (Driver<Nobody>, Sender<Event>, Rece
     let core = core_on(log_on(&disk, 1, &founders), 1, &founders);
     let (events_tx, events) = bounded(EVENTS_MAX);
     let (applier, batches) = bounded(APPLY_BATCHES_MAX);
-    let (snapshotter, _) = bounded(1);
+    let (removals, _) = bounded(1);
     let started = Instant::now();
     let room = Room::new(Arc::new(disk), Arc::new(Publication::new(Version::default())), u64::MAX, FREE_BYTES_RESERVE);
     let driver = Driver {
@@ -62,7 +74,7 @@ fn driver(members: u64, network: Nobody) -> (Driver<Nobody>, Sender<Event>, Rece
         options: DriverOptions {
             heartbeat_interval: Duration::from_millis(10),
             snapshot_catchup_entries: 0,
-            snapshotter,
+            removals,
             room,
         },
         progress: Progress::new(started),
@@ -101,7 +113,8 @@ fn a_disk_that_lost_a_sync_ends_the_driver() {
     assert_eq!(driver.run().unwrap(), DriverEnd::Failed("the disk".to_owned()));
 
     // Found while a peer introduced itself.
-    let (driver, events, _batches) = self::driver(1, Nobody { failed: Some("the list of peers".to_owned()) });
+    let (driver, events, _batches) =
+        self::driver(1, Nobody { failed: Some("the list of peers".to_owned()), ..Nobody::default() });
     let me = crate::peer_protocol::NodeIdentity {
         cluster: None,
         id: 2,
@@ -115,4 +128,30 @@ fn a_disk_that_lost_a_sync_ends_the_driver() {
     events.send(Event::Hello(Box::new(hello), reply)).unwrap();
     assert_eq!(driver.run().unwrap(), DriverEnd::Failed("the list of peers".to_owned()));
     assert!(answers.recv().unwrap().is_err());
+}
+
+#[test]
+fn at_its_end_the_driver_sends_its_last_messages_and_refuses_who_comes_late() {
+    for end in [
+        (Event::Stop, DriverEnd::Stopped),
+        (Event::Removed(2), DriverEnd::Removed),
+        (Event::Disowned(2, HelloRefusal::OtherDirectory), DriverEnd::Disowned(String::new())),
+    ] {
+        let (mut driver, events, _batches) = driver(1, Nobody::default());
+        let (reply, replies) = bounded(2);
+        let request = |ask| {
+            let (deadline, reply) = (Instant::now() + DEADLINE, ReplyTo::Thread(reply.clone()));
+            ClientRequest { ask, deadline, reply }
+        };
+        let late = Event::Clients(vec![request(Ask::Read), request(Ask::Write(bytes::Bytes::from_static(b"command")))]);
+        driver.network.late = Some((events.clone(), late));
+        events.send(end.0).unwrap();
+        let ended = driver.run().unwrap();
+        assert_eq!(std::mem::discriminant(&ended), std::mem::discriminant(&end.1), "{ended:?}");
+        let answers = [replies.recv_timeout(DEADLINE).unwrap(), replies.recv_timeout(DEADLINE).unwrap()];
+        assert!(matches!(
+            answers,
+            [Reply::Read(Err(Refusal::Stopping)), Reply::Write(WriteReply::NotApplied(Refusal::Stopping))]
+        ));
+    }
 }

@@ -81,9 +81,10 @@ fn a_directory_that_cannot_be_synced_behind_a_snapshot_ends_the_node() {
     let (orders_tx, orders) = bounded(CAPTURES_MAX);
     let capture = Box::new(StateMachine::with_keys(10).capture(three()));
     let (reply, replies) = bounded(1);
-    orders_tx.send(ToSnapshotter::Write(capture, Some(reply))).unwrap();
+    orders_tx.send(ToSnapshotter { capture, reply: Some(reply) }).unwrap();
+    let (_removals_tx, removals) = bounded(REMOVALS_MAX);
     disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
-    let reason = SnapshotterThread { orders, files, events, failed: Arc::default() }.run().unwrap_err();
+    let reason = SnapshotterThread { orders, removals, files, events, failed: Arc::default() }.run().unwrap_err();
     assert!(reason.contains("failed to sync the directory"), "{reason}");
     assert!(driver.is_empty() && replies.recv().is_err(), "the log must not name it");
 }
@@ -177,17 +178,44 @@ fn the_applier_neither_reads_nor_frees_a_large_state() {
     });
 }
 
+#[test]
+fn a_snapshot_is_taken_on_request_while_older_ones_wait_to_be_removed() {
+    let Appliers { applier, batches, orders, removals, .. } = applier(StateMachine::with_keys(5));
+    thread::scope(|scope| {
+        let applier = scope.spawn(|| applier.run());
+        let state = Box::new(Replacement::new(StateMachine::with_keys(10), drop));
+        batches.send(ToApplier::Batch(vec![Apply::Restore { index: 10, membership: three(), state }])).unwrap();
+        wait_until(|| removals.is_full());
+        let request = || {
+            let (reply, replies) = bounded(1);
+            batches.send(ToApplier::Snapshot(reply)).unwrap();
+            replies
+        };
+        let taken = request();
+        wait_until(|| orders.is_full());
+        assert!(taken.is_empty(), "it is answered when it is on disk");
+        // One more than may wait.
+        let refused = request().recv_timeout(DEADLINE).unwrap();
+        assert!(matches!(refused, Err(Refusal::Overloaded(_))), "{refused:?}");
+        assert_eq!(orders.recv_timeout(DEADLINE).unwrap().capture.index(), 10);
+        drop(batches);
+        assert_eq!(applier.join().unwrap(), Ok(()));
+    });
+}
+
 /// An applier's thread that is not started yet, and the other ends of its queues.
 struct Appliers {
     applier: ApplierThread,
     batches: Sender<ToApplier>,
     publication: Arc<Publication>,
-    _orders: Receiver<ToSnapshotter>,
+    orders: Receiver<ToSnapshotter>,
+    removals: Receiver<u64>,
 }
 
 fn applier(state: StateMachine) -> Appliers {
     let (batches_tx, batches) = bounded(APPLY_BATCHES_MAX);
-    let (snapshotter, _orders) = bounded(CAPTURES_MAX);
+    let (snapshotter, orders) = bounded(CAPTURES_MAX);
+    let (removals_tx, removals) = bounded(REMOVALS_MAX);
     let captured = state.applied_index();
     let applier = Applier::new(state, three());
     let publication = Arc::new(Publication::new(applier.version()));
@@ -195,6 +223,7 @@ fn applier(state: StateMachine) -> Appliers {
         applier,
         batches,
         snapshotter,
+        removals: removals_tx,
         publication: publication.clone(),
         watchers: Arc::new(Watchers::default()),
         mailboxes: Vec::new(),
@@ -202,5 +231,5 @@ fn applier(state: StateMachine) -> Appliers {
         schedule: SnapshotSchedule::new(u64::MAX, captured),
         snapshot_failed: Arc::new(AtomicBool::new(false)),
     };
-    Appliers { applier, batches: batches_tx, publication, _orders }
+    Appliers { applier, batches: batches_tx, publication, orders, removals }
 }
