@@ -9,7 +9,14 @@ export NODE_BINARY
 
 CLUSTER = .make/cluster.sh
 
-.PHONY: help build cluster status logs stop clean test check \
+# Of `make torture`: how long faults go on, how many members the cluster has, the seed of a run that is to be tried again,
+# and `namespaces` or `loopback` for the network; empty is any.
+SECONDS ?= 60
+NODES ?= 3
+SEED ?=
+NETWORK ?=
+
+.PHONY: help build cluster status logs stop clean test torture check \
 	kill-1 kill-2 kill-3 kill-4 stop-1 stop-2 stop-3 stop-4 restart-1 restart-2 restart-3 restart-4 \
 	add-4 remove-4
 
@@ -67,6 +74,10 @@ clean: ## end all nodes and delete their data and logs (cargo clean deletes what
 test: ## run all tests
 	cargo test --locked
 	cargo test --locked --features failpoints --test failpoints
+
+torture: build ## torture a cluster of NODES=3 for SECONDS=60, as SEED says; as root in network namespaces
+	TORTURE_PROGRAM='$(NODE_BINARY)' TORTURE_SECONDS='$(SECONDS)' TORTURE_NODES='$(NODES)' TORTURE_SEED='$(SEED)' \
+		TORTURE_NETWORK='$(NETWORK)' cargo test --locked --test torture -- --exact torture --nocapture
 
 check: ## check format, lints, docs and scripts
 	cargo fmt --check

@@ -30,6 +30,7 @@ fn help_names_all_targets() {
         "stop",
         "clean",
         "test",
+        "torture",
         "check",
     ];
     let lines = targets.map(|target| format!("make {target} "));
