@@ -20,13 +20,19 @@ BENCH_COMPARE = $(BENCH_BINARY) compare --directory $(BENCH_DIR) $(if $(SHORT),-
 
 SCRIPTS = $(CLUSTER) $(BENCH_PEERS) .ci/run .ci/schemathesis.sh
 
-
 # How many clusters `make sim` simulates, and the seed of the first; without one it is drawn.
 SEEDS ?= 2000
 START ?=
 SIMULATION = cargo test --locked --profile sim --test simulation
 
-.PHONY: help build cluster status logs stop clean test sim check \
+# Of `make torture`: how long faults go on, how many members the cluster has, the seed of a run that is to be tried again,
+# and `namespaces` or `loopback` for the network; empty is any.
+SECONDS ?= 60
+NODES ?= 3
+SEED ?=
+NETWORK ?=
+
+.PHONY: help build cluster status logs stop clean test sim torture check \
 	kill-1 kill-2 kill-3 kill-4 stop-1 stop-2 stop-3 stop-4 restart-1 restart-2 restart-3 restart-4 \
 	add-4 remove-4 bench bench-binary bench-etcd bench-drift
 
@@ -107,6 +113,10 @@ sim: ## simulate SEEDS=n clusters (2000), the first from seed START=s (any)
 	echo "make sim SEEDS=$(SEEDS) START=$$start" && \
 	SIM_CARGO='$(SIMULATION)' SIM_SEEDS=$(SEEDS) SIM_START=$$start RUST_BACKTRACE=0 \
 		$(SIMULATION) -- --exact any_cluster --nocapture
+
+torture: build ## torture a cluster of NODES=3 for SECONDS=60, as SEED says; as root in network namespaces
+	TORTURE_PROGRAM='$(NODE_BINARY)' TORTURE_SECONDS='$(SECONDS)' TORTURE_NODES='$(NODES)' TORTURE_SEED='$(SEED)' \
+		TORTURE_NETWORK='$(NETWORK)' cargo test --locked --test torture -- --exact torture --nocapture
 
 check: ## check format, lints, docs and scripts
 	cargo fmt --check

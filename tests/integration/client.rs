@@ -10,6 +10,8 @@ pub(crate) const CLIENT_TIMEOUT: Duration = Duration::from_secs(15);
 /// A client with one keep-alive connection.
 pub(crate) struct Client {
     address: SocketAddr,
+    /// How long a connection, and then a request, may take.
+    timeouts: (Duration, Duration),
     connection: Option<Connection>,
 }
 
@@ -28,13 +30,18 @@ pub(crate) enum Failure {
     NotSent(io::Error),
     /// The connection broke under the request, which the node may or may not have seen.
     Lost(io::Error),
-    /// No answer came within [`CLIENT_TIMEOUT`].
+    /// No answer came in time.
     TimedOut,
 }
 
 impl Client {
     pub(crate) fn new(address: SocketAddr) -> Self {
-        Self { address, connection: None }
+        Self::with_timeouts(address, CLIENT_TIMEOUT, CLIENT_TIMEOUT)
+    }
+
+    /// One that waits for a connection, and for an answer, no longer than this.
+    pub(crate) fn with_timeouts(address: SocketAddr, connect: Duration, answer: Duration) -> Self {
+        Self { address, timeouts: (connect, answer), connection: None }
     }
 
     /// Sends a request and waits for its answer. `target` stands in the request line as it is.
@@ -61,7 +68,7 @@ impl Client {
         self.connection.take_if(|connection| connection.is_closed());
         let connection = match &mut self.connection {
             Some(connection) => connection,
-            none => none.insert(Connection::open(self.address).map_err(Failure::NotSent)?),
+            none => none.insert(Connection::open(self.address, self.timeouts).map_err(Failure::NotSent)?),
         };
         let mut message = format!("{method} {target} HTTP/1.1\r\nHost: {}\r\n", self.address).into_bytes();
         for (name, value) in headers {
@@ -72,7 +79,7 @@ impl Client {
         }
         message.extend_from_slice(b"\r\n");
         message.extend_from_slice(body);
-        connection.deadline = Instant::now() + CLIENT_TIMEOUT;
+        connection.deadline = Instant::now() + self.timeouts.1;
         connection.stream.write_all(&message).map_err(|error| {
             self.connection = None;
             Failure::Lost(error)
@@ -143,7 +150,7 @@ impl fmt::Display for Failure {
         match self {
             Self::NotSent(error) => write!(f, "no connection: {error}"),
             Self::Lost(error) => write!(f, "lost: {error}"),
-            Self::TimedOut => write!(f, "no answer within {CLIENT_TIMEOUT:?}"),
+            Self::TimedOut => f.write_str("no answer in time"),
         }
     }
 }
@@ -155,10 +162,10 @@ struct Connection {
 }
 
 impl Connection {
-    fn open(address: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect_timeout(&address, CLIENT_TIMEOUT)?;
+    fn open(address: SocketAddr, (connect, answer): (Duration, Duration)) -> io::Result<Self> {
+        let stream = TcpStream::connect_timeout(&address, connect)?;
         stream.set_nodelay(true)?;
-        stream.set_write_timeout(Some(CLIENT_TIMEOUT))?;
+        stream.set_write_timeout(Some(answer))?;
         Ok(Self { stream, buffer: Vec::new(), deadline: Instant::now() })
     }
 

@@ -33,6 +33,8 @@ mod proxy;
 mod recovery;
 /// The README's commands and tables.
 mod readme;
+/// A file system that is soon full.
+mod small_disk;
 /// Snapshots, compaction and catch-up.
 mod snapshots;
 /// Child processes with ports and directories of their own.

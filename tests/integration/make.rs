@@ -34,6 +34,7 @@ fn help_names_all_targets() {
         "bench-drift",
         "test",
         "sim",
+        "torture",
         "check",
     ];
     let lines = targets.map(|target| format!("make {target} "));

@@ -34,7 +34,11 @@ pub(crate) fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T
 
 /// The program, with nothing of this process's own settings.
 pub(crate) fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_raftexample"));
+    without_settings(Command::new(env!("CARGO_BIN_EXE_raftexample")))
+}
+
+/// A command that starts the program, with nothing of this process's own settings.
+pub(crate) fn without_settings(mut command: Command) -> Command {
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("RAFTEXAMPLE_")) {
         command.env_remove(name);
     }

@@ -84,7 +84,7 @@ impl Client {
                 _ if reads => Call::Get,
                 0..4 => Call::Get,
                 4..7 => Call::Put(*next_value),
-                7 => Call::Delete,
+                7 => self.tags[key].filter(|_| self.random.one_in(2)).map_or(Call::Delete, Call::DeleteIf),
                 _ => Call::PutIf(self.tags[key], *next_value),
             };
             let token = (call != Call::Get && self.random.one_in(3)).then_some(*next_value);
@@ -114,7 +114,7 @@ impl Client {
             WriteReply::Applied(outcome) => {
                 let answer = match *outcome {
                     Outcome::Put { etag } => Answer::Put(etag),
-                    Outcome::Deleted { index } => Answer::Deleted(index),
+                    Outcome::Deleted { index } => Answer::Deleted(Some(index)),
                     Outcome::Absent => Answer::Absent,
                     Outcome::ConditionFailed { etag } => Answer::Failed(etag),
                     Outcome::TokenReused => return Err("a token is taken for another write's".to_owned()),
@@ -171,7 +171,9 @@ impl Client {
 
 fn request(busy: &Busy) -> Request {
     let condition = match busy.call {
-        Call::PutIf(Some(tag), _) => Condition { if_match: Some(Tags::List(vec![tag])), if_none_match: None },
+        Call::PutIf(Some(tag), _) | Call::DeleteIf(tag) => {
+            Condition { if_match: Some(Tags::List(vec![tag])), if_none_match: None }
+        }
         Call::PutIf(None, _) => Condition { if_match: None, if_none_match: Some(Tags::Any) },
         _ => Condition::default(),
     };
@@ -186,7 +188,7 @@ fn request(busy: &Busy) -> Request {
             let token = token(Kind::Put, &value);
             Command::Put { key, value, condition, token }
         }
-        Call::Delete => {
+        Call::Delete | Call::DeleteIf(_) => {
             let token = token(Kind::Delete, b"");
             Command::Delete { key, condition, token }
         }

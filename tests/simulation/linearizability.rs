@@ -37,15 +37,22 @@ pub struct Timed<O> {
 }
 
 /// Steps after which a search is given up. Histories of a simulation take a thousandth of them.
-const STEPS_MAX: u64 = 20_000_000;
+pub const STEPS_MAX: u64 = 20_000_000;
 
-/// Why a history is not linearizable.
+/// Why a history is not known to be linearizable. Operations are named by their places in it.
 #[derive(Debug)]
-pub struct Violation {
-    /// The longest order that explains some of the operations.
-    pub explained: Vec<String>,
-    /// The operations of which one must come next, and none can.
-    pub stuck: Vec<String>,
+pub enum Violation {
+    /// There is no order that explains it.
+    Inexplicable {
+        /// The longest order that explains some of the operations.
+        explained: Vec<usize>,
+        /// The object behind them.
+        state: String,
+        /// The operations of which one must come next, and none can.
+        stuck: Vec<usize>,
+    },
+    /// The search was given up after [`STEPS_MAX`].
+    TooHard,
 }
 
 /// One call or return in the list of those that are still to be explained.
@@ -125,9 +132,6 @@ impl Points {
 }
 
 /// Looks for an order that explains `history`.
-///
-/// # Panics
-/// If that takes too long to find out.
 pub fn check<M: Model>(history: &[Timed<M::Operation>]) -> Result<(), Violation> {
     let mut points = Points::new(history);
     let mut state = M::State::default();
@@ -155,13 +159,16 @@ pub fn check<M: Model>(history: &[Timed<M::Operation>]) -> Result<(), Violation>
                 best = (order.iter().map(|(operation, _)| *operation).collect(), state.clone(), points.open());
             }
             untried.pop();
-            let Some((operation, before)) = order.pop() else { return Err(violation::<M>(history, best)) };
+            let Some((operation, before)) = order.pop() else {
+                let (explained, state, stuck) = best;
+                return Err(Violation::Inexplicable { explained, state: format!("{state:?}"), stuck });
+            };
             state = before;
             taken[operation / 64] ^= 1 << (operation % 64);
             points.put_back(operation);
         }
     }
-    panic!("a history of {} operations is too hard to check", history.len());
+    Err(Violation::TooHard)
 }
 
 /// What may come next, the most promising last: first what was answered, for it must come soon.
@@ -176,14 +183,4 @@ fn candidates<M: Model>(history: &[Timed<M::Operation>], points: &Points) -> Vec
         }
     }
     classes.into_iter().map(|(_, operation)| operation).chain(answered.into_iter().rev()).collect()
-}
-
-fn violation<M: Model>(
-    history: &[Timed<M::Operation>],
-    (order, state, open): (Vec<usize>, M::State, Vec<usize>),
-) -> Violation {
-    let show = |operation: usize| format!("{:?}", history[operation]);
-    let mut explained: Vec<String> = order.into_iter().map(show).collect();
-    explained.push(format!("state: {state:?}"));
-    Violation { explained, stuck: open.into_iter().map(show).collect() }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
-use crate::linearizability::{self, Model, Timed};
+use crate::linearizability::{self, Model, Timed, Violation};
 
 /// What a client wants of a key. No two writes of a run write the same value, so a value names its write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,6 +17,8 @@ pub enum Call {
     Delete,
     /// Set it, if its tag is this one; `None`: if it is absent.
     PutIf(Option<u64>, u64),
+    /// Remove it, if its tag is this one.
+    DeleteIf(u64),
 }
 
 /// What the client was told. A tag is the log index of the write that set the key.
@@ -26,11 +28,11 @@ pub enum Answer {
     Found(Option<(u64, u64)>),
     /// To a put: done, with this tag.
     Put(u64),
-    /// To a delete: done, at this log index.
-    Deleted(u64),
+    /// To a delete: done, at this log index, if the client was told of it.
+    Deleted(Option<u64>),
     /// To a delete: there was nothing.
     Absent,
-    /// To a conditional put: the key has another tag, this one, or is absent.
+    /// To a conditional put or delete: the key has another tag, this one, or is absent.
     Failed(Option<u64>),
 }
 
@@ -105,7 +107,7 @@ impl Model for Register {
             (Call::Put(value), None) => state.written(Some(value), None),
             (Call::Put(value), Some(Answer::Put(tag))) => state.written(Some(value), Some(tag)),
             (Call::Delete, None) => state.written(None, None),
-            (Call::Delete, Some(Answer::Deleted(index))) if state.value.is_some() => state.written(None, Some(index)),
+            (Call::Delete, Some(Answer::Deleted(index))) if state.value.is_some() => state.written(None, index),
             (Call::Delete, Some(Answer::Absent)) if state.value.is_none() => Some(state.clone()),
             (Call::PutIf(tag, value), None) => match state.has_tag(tag) {
                 true => state.written(Some(value), None),
@@ -115,6 +117,16 @@ impl Model for Register {
                 state.written(Some(value), Some(tag))
             }
             (Call::PutIf(condition, _), Some(Answer::Failed(tag))) if !state.has_tag(condition) => state.tagged(tag),
+            (Call::DeleteIf(tag), None) => match state.has_tag(Some(tag)) {
+                true => state.written(None, None),
+                false => Some(state.clone()),
+            },
+            (Call::DeleteIf(tag), Some(Answer::Deleted(index))) if state.has_tag(Some(tag)) => {
+                state.written(None, index)
+            }
+            (Call::DeleteIf(condition), Some(Answer::Failed(tag))) if !state.has_tag(Some(condition)) => {
+                state.tagged(tag)
+            }
             _ => None,
         }
     }
@@ -197,18 +209,30 @@ impl History {
             }
         }
         for (key, mut operations) in keys {
-            complete(&mut operations);
-            linearizability::check::<Register>(&operations).map_err(|violation| {
-                let explained = &violation.explained[violation.explained.len().saturating_sub(20)..];
-                format!(
-                    "key {key:?} is not linearizable; explained up to\n  {}\nand then none of\n  {}",
-                    explained.join("\n  "),
-                    violation.stuck.join("\n  ")
-                )
-            })?;
+            check_key(&mut operations).map_err(|violation| describe(key, &operations, &violation))?;
         }
         Ok(())
     }
+}
+
+/// Whether one key behaved as if there were one copy of it. Completes `operations` by what can be told from all of
+/// them.
+pub fn check_key(operations: &mut [Timed<Operation>]) -> Result<(), Violation> {
+    complete(operations);
+    linearizability::check::<Register>(operations)
+}
+
+/// A violation in words.
+pub fn describe(key: &str, operations: &[Timed<Operation>], violation: &Violation) -> String {
+    let Violation::Inexplicable { explained, state, stuck } = violation else {
+        return format!("the {} operations on key {key:?} are too hard to check", operations.len());
+    };
+    let show = |places: &[usize]| -> Vec<String> { places.iter().map(|at| format!("{:?}", operations[*at])).collect() };
+    format!(
+        "key {key:?} is not linearizable; explained up to\n  {}\n  state: {state}\nand then none of\n  {}",
+        show(&explained[explained.len().saturating_sub(20)..]).join("\n  "),
+        show(stuck).join("\n  ")
+    )
 }
 
 #[cfg(test)]
@@ -229,7 +253,7 @@ mod tests {
     }
 
     use Answer::{Absent, Deleted, Failed, Found};
-    use Call::{Delete, Get, Put, PutIf};
+    use Call::{Delete, DeleteIf, Get, Put, PutIf};
 
     const fn done(tag: u64) -> Option<Answer> {
         Some(Answer::Put(tag))
@@ -244,10 +268,14 @@ mod tests {
             (7, 8, PutIf(Some(5), 11), done(6)),
             (9, 10, PutIf(Some(5), 12), Some(Failed(Some(6)))),
             (11, 12, PutIf(None, 13), Some(Failed(Some(6)))),
-            (13, 14, Delete, Some(Deleted(9))),
+            (13, 14, Delete, Some(Deleted(Some(9)))),
             (15, 16, Delete, Some(Absent)),
             (17, 18, PutIf(None, 14), done(11)),
             (19, 20, Get, Some(Found(Some((14, 11))))),
+            (21, 22, DeleteIf(9), Some(Failed(Some(11)))),
+            (23, 24, DeleteIf(11), Some(Deleted(None))),
+            (25, 26, DeleteIf(11), Some(Failed(None))),
+            (27, 28, Get, Some(Found(None))),
         ])
         .unwrap();
     }
@@ -281,12 +309,15 @@ mod tests {
         // Two conditional writes on the same tag.
         let both = [(1, 2, Put(10), done(5)), (3, 6, PutIf(Some(5), 11), done(6)), (4, 7, PutIf(Some(5), 12), done(7))];
         assert!(check(&both).is_err());
+        let both =
+            [(1, 2, Put(10), done(5)), (3, 6, DeleteIf(5), Some(Deleted(None))), (4, 7, PutIf(Some(5), 12), done(7))];
+        assert!(check(&both).is_err());
     }
 
     #[test]
     fn a_write_that_is_applied_twice_is_found() {
         let twice =
-            [(1, 2, Put(10), done(5)), (3, 4, Delete, Some(Deleted(6))), (5, 6, Get, Some(Found(Some((10, 7)))))];
+            [(1, 2, Put(10), done(5)), (3, 4, Delete, Some(Deleted(Some(6)))), (5, 6, Get, Some(Found(Some((10, 7)))))];
         assert!(check(&twice).is_err());
         // Nobody was told of the first application; the second one has another tag.
         let twice =
@@ -340,7 +371,7 @@ mod tests {
     fn tags_rise() {
         let falling = [(1, 2, Put(10), done(6)), (3, 4, Put(11), done(5))];
         assert!(check(&falling).is_err());
-        let falling = [(1, 2, Put(10), done(6)), (3, 4, Delete, Some(Deleted(7))), (5, 6, Put(11), done(7))];
+        let falling = [(1, 2, Put(10), done(6)), (3, 4, Delete, Some(Deleted(Some(7)))), (5, 6, Put(11), done(7))];
         assert!(check(&falling).is_err());
     }
 
@@ -364,7 +395,14 @@ mod tests {
             let length = 1 + random.below(1000);
             let effect = called + Duration::from_micros(random.below(length));
             let condition = (!random.one_in(3)).then(|| random.below(operations));
-            let call = *random.pick(&[Get, Get, Put(value), Delete, PutIf(condition, value)]);
+            let call = *random.pick(&[
+                Get,
+                Get,
+                Put(value),
+                Delete,
+                PutIf(condition, value),
+                DeleteIf(condition.unwrap_or(0)),
+            ]);
             pending.push((effect, called, called + Duration::from_micros(length), call));
         }
         pending.sort_by_key(|(effect, called, ..)| (*effect, *called));
@@ -377,14 +415,15 @@ mod tests {
             let answer = match call {
                 Get => Found(state),
                 Delete if state.is_none() => Absent,
-                Delete => Deleted(index),
+                Delete => Deleted(Some(index)),
                 Put(_) => Answer::Put(index),
                 PutIf(condition, _) if condition == tag => Answer::Put(index),
-                PutIf(..) => Failed(tag),
+                DeleteIf(condition) if Some(condition) == tag => Deleted(Some(index)),
+                PutIf(..) | DeleteIf(_) => Failed(tag),
             };
             match (call, answer) {
                 (Put(value) | PutIf(_, value), Answer::Put(tag)) => state = Some((value, tag)),
-                (Delete, _) => state = None,
+                (Delete, _) | (DeleteIf(_), Deleted(_)) => state = None,
                 _ => {}
             }
             // Some clients are gone before the answer comes.
