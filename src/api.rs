@@ -15,10 +15,12 @@ mod node;
 mod tests;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::http::{Admission, Body, Head, Method, Response, Service, StatusCode};
 use crate::message::Backend;
+use crate::metrics::{Consistency, Metrics};
 
 use self::problem::Problem;
 use self::request::{Request, is_write};
@@ -53,12 +55,22 @@ impl Limits {
 pub struct Api<B: Backend> {
     backend: B,
     limits: Limits,
+    metrics: Arc<Metrics>,
+}
+
+/// State of one connection.
+#[derive(Debug)]
+pub struct Session<S> {
+    /// The backend's.
+    backend: S,
+    /// When the head of the request that is being answered was here.
+    began: Instant,
 }
 
 impl<B: Backend> Api<B> {
-    /// The API of the node behind `backend`.
-    pub fn new(backend: B, limits: Limits) -> Self {
-        Api { backend, limits }
+    /// The API of the node behind `backend`, which counts the requests among `metrics`.
+    pub fn new(backend: B, limits: Limits, metrics: Arc<Metrics>) -> Self {
+        Api { backend, limits, metrics }
     }
 
     fn deadline(&self) -> Instant {
@@ -92,6 +104,7 @@ impl<B: Backend> Api<B> {
             Request::Live => self.live(),
             Request::Ready => self.ready(session),
             Request::Describe => Ok(answer::json_text(DESCRIPTION)),
+            Request::Metrics => Ok(self.metrics()),
             Request::Members => self.members(session),
             Request::ReplaceMembers => self.replace_members(body),
             Request::AddMember { id, voter } => self.add_member(id, voter, body),
@@ -103,18 +116,23 @@ impl<B: Backend> Api<B> {
 }
 
 impl<B: Backend> Service for Api<B> {
-    type Session = B::Session;
+    type Session = Session<B::Session>;
 
     fn session(&self, _peer: SocketAddr) -> Self::Session {
-        self.backend.session()
+        Session { backend: self.backend.session(), began: Instant::now() }
     }
 
-    fn admit(&self, _session: &mut Self::Session, head: &Head<'_>) -> Admission {
+    fn admit(&self, session: &mut Self::Session, head: &Head<'_>) -> Admission {
+        session.began = Instant::now();
         if matches!(head.method(), Method::Get | Method::Head | Method::Delete) {
             // There is no body to wait for, so what is wrong can as well be said in `answer`.
             return Admission::Buffer(0);
         }
-        let refuse = |problem: Problem| Admission::Answer(answer::problem(&problem, is_write(head.method())));
+        let refuse = |problem: Problem| {
+            let took = Some(session.began.elapsed());
+            self.metrics.requests.answered(Some(head.method()), problem.status(), Consistency::None, took);
+            Admission::Answer(answer::problem(&problem, is_write(head.method())))
+        };
         let body_bytes_max = match Request::parse(head, &self.limits) {
             Ok(request) => request.body_bytes_max(&self.limits),
             Err(problem) => return refuse(problem),
@@ -128,13 +146,19 @@ impl<B: Backend> Service for Api<B> {
 
     fn answer(&self, session: &mut Self::Session, head: &Head<'_>, body: Body<'_>) -> Response {
         let Body::Buffered(body) = body else { unreachable!("no request is admitted with a streamed body") };
-        Request::parse(head, &self.limits)
-            .and_then(|request| self.dispatch(session, head, request, &body))
-            .unwrap_or_else(|problem| answer::problem(&problem, is_write(head.method())))
+        let request = Request::parse(head, &self.limits);
+        let (consistency, waits) = request.as_ref().map_or((Consistency::None, false), Request::reading);
+        let response = request
+            .and_then(|request| self.dispatch(&mut session.backend, head, request, &body))
+            .unwrap_or_else(|problem| answer::problem(&problem, is_write(head.method())));
+        let took = (!waits).then(|| session.began.elapsed());
+        self.metrics.requests.answered(Some(head.method()), response.status_code().0, consistency, took);
+        response
     }
 
     fn fault(&self, status: StatusCode, detail: &str) -> Response {
         // The server refuses before the request gets here, whatever it was: if it was a write, it was not applied.
+        self.metrics.requests.answered(None, status.0, Consistency::None, None);
         answer::problem(&Problem::new(status.0, detail.to_owned()), true)
     }
 }

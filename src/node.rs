@@ -45,12 +45,14 @@ use crate::config::{Address, Config};
 use crate::data_dir::{self, Beginning, OpenOptions, SnapshotFiles};
 use crate::disk::{Disk, OsDisk};
 use crate::driver::{
-    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, Offences, Progress, Reply, ReplyTo, Room,
-    ToApplier, ToSnapshotter,
+    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, FREE_BYTES_RESERVE, Measures, Offences,
+    Progress, Reply, ReplyTo, Room, ToApplier, ToSnapshotter,
 };
 use crate::http;
+use crate::measured_disk::MeasuredDisk;
 use crate::membership::{ClusterId, Membership, NodeId};
 use crate::message::{AdminReply, AdminRequest, Backend, Refusal, SnapshotInfo, Status, WriteReply};
+use crate::metrics::{Metrics, SnapshotMetrics};
 use crate::peer_network::PeerNetwork;
 use crate::peer_protocol::{
     Hello, HelloAnswer, HelloRefusal, LogPosition, NodeIdentity, PeerMessage, SnapshotHeader, SnapshotRefusal,
@@ -60,8 +62,8 @@ use crate::peer_server::{self, PeerInbox, PeerServer};
 use crate::raft_core::{CoreOptions, RaftCore};
 use crate::raft_log::LogOptions;
 use crate::replica::{Apply, Replica};
-use crate::store::{Capture, Version};
-use crate::watch::Watchers;
+use crate::store::{Capture, StateMachine, Version};
+use crate::watch::{WATCHES_MAX, Watchers};
 
 /// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
 pub const CAPTURES_MAX: usize = 1;
@@ -97,6 +99,7 @@ pub struct ApplierThread {
     files: SnapshotFiles,
     published: Arc<ArcSwap<Version>>,
     watchers: Arc<Watchers>,
+    metrics: Arc<Metrics>,
     progress: Progress,
     snapshot_count: u64,
     /// The applied index of the newest snapshot, written or on its way.
@@ -115,8 +118,9 @@ impl ApplierThread {
         loop {
             match self.batches.recv_timeout(IDLE_INTERVAL) {
                 Ok(ToApplier::Batch(batch)) => {
-                    let files = &self.files;
-                    let mut load = |index| files.load(index).map(|(state, _)| state).map_err(|error| error.to_string());
+                    let started = Instant::now();
+                    let (files, metrics) = (&self.files, &self.metrics.snapshots.restore);
+                    let mut load = |index| load_measured(files, index, metrics);
                     let mut restored = None;
                     for apply in batch {
                         if let Apply::Restore { index, .. } = &apply {
@@ -125,6 +129,7 @@ impl ApplierThread {
                         self.applier.apply(apply, &mut load, &mut done).map_err(|error| error.to_string())?;
                     }
                     self.publish(&mut done);
+                    self.metrics.apply_duration.observe(started.elapsed().as_secs_f64());
                     if let Some(index) = restored {
                         self.restored(index);
                     }
@@ -203,6 +208,15 @@ impl ApplierThread {
     }
 }
 
+/// Loads the state that a received snapshot holds.
+fn load_measured(files: &SnapshotFiles, index: u64, metrics: &SnapshotMetrics) -> Result<StateMachine, String> {
+    let started = Instant::now();
+    let loaded = files.open(index).and_then(|(_, bytes)| Ok((files.load(index)?.0, bytes)));
+    let (state, bytes) = loaded.inspect_err(|_| metrics.failed()).map_err(|error| error.to_string())?;
+    metrics.done(bytes, started.elapsed());
+    Ok(state)
+}
+
 /// The snapshotter's thread: writes snapshots, so that neither the driver nor the applier waits for a large file.
 pub struct SnapshotterThread {
     orders: Receiver<ToSnapshotter>,
@@ -210,6 +224,7 @@ pub struct SnapshotterThread {
     events: Sender<Event>,
     /// Tells the applier to come again.
     failed: Arc<AtomicBool>,
+    metrics: Arc<Metrics>,
 }
 
 impl SnapshotterThread {
@@ -238,6 +253,7 @@ impl SnapshotterThread {
                     info.bytes,
                     started.elapsed()
                 );
+                self.metrics.snapshots.write.done(info.bytes, started.elapsed());
                 let event = Event::SnapshotWritten { info, membership: capture.membership().clone() };
                 // Waits for the driver, who waits for nobody here.
                 let _ = self.events.send(event);
@@ -246,6 +262,7 @@ impl SnapshotterThread {
             Err(error) => {
                 log::warn!("{error}; the node goes on and tries again in {SNAPSHOT_RETRY_INTERVAL:?}");
                 self.failed.store(true, Ordering::Relaxed);
+                self.metrics.snapshots.write.failed();
                 Err(Refusal::Full(error.to_string()))
             }
         };
@@ -371,6 +388,35 @@ impl Backend for NodeBackend {
     }
 }
 
+/// What the metrics look at when somebody asks for them.
+struct Gauges {
+    events: Sender<Event>,
+    applier: Sender<ToApplier>,
+    snapshotter: Sender<ToSnapshotter>,
+    published: Arc<ArcSwap<Version>>,
+    watchers: Arc<Watchers>,
+    disk: Arc<dyn Disk>,
+    store_bytes_max: u64,
+}
+
+impl Gauges {
+    fn read(&self, metrics: &Metrics, clients: &http::Connections, peers: &http::Connections) {
+        let queues = &metrics.queues;
+        queues.driver.set(self.events.len(), EVENTS_MAX);
+        queues.applier.set(self.applier.len(), APPLY_BATCHES_MAX);
+        queues.snapshotter.set(self.snapshotter.len(), CAPTURES_MAX);
+        queues.watches.set(self.watchers.count(), WATCHES_MAX);
+        metrics.client_connections.set(clients.open(), clients.limit(), clients.refused());
+        metrics.peer_connections.set(peers.open(), peers.limit(), peers.refused());
+        let version = self.published.load();
+        metrics.position.set_applied(version.applied_index());
+        metrics.store.set(version.keys(), version.bytes(), self.store_bytes_max);
+        if let Ok(free) = self.disk.free_bytes() {
+            metrics.store.set_disk_free(free, FREE_BYTES_RESERVE);
+        }
+    }
+}
+
 /// How long a joiner looks for a member that answers.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -390,6 +436,7 @@ struct Inbox {
     me: NodeId,
     /// One snapshot at a time is received: a second one would only compete for the disk.
     receiving: AtomicBool,
+    metrics: Arc<Metrics>,
 }
 
 impl PeerInbox for Inbox {
@@ -434,15 +481,18 @@ impl PeerInbox for Inbox {
 impl Inbox {
     fn receive(&self, from: NodeId, header: &SnapshotHeader, body: &mut dyn Read) -> Result<(), SnapshotRefusal> {
         log::info!("receiving the snapshot of index {} ({} bytes) from member {from}", header.index, header.bytes);
+        let started = Instant::now();
         let received = self.files.receive(header.index, &mut body.take(header.bytes));
         let (membership, info) = received.map_err(|error| {
             log::warn!("refused the snapshot of index {} from member {from}: {error}", header.index);
+            self.metrics.snapshots.receive.failed();
             match error.is_full() {
                 true => SnapshotRefusal::NoSpace(error.to_string()),
                 false => SnapshotRefusal::Damaged(error.to_string()),
             }
         })?;
         log::info!("received the snapshot of index {}: {} bytes", info.index, info.bytes);
+        self.metrics.snapshots.receive.done(info.bytes, started.elapsed());
         let mut message = Message { msg_type: MessageType::MsgSnapshot, from, to: self.me, ..Message::default() };
         message.term = header.leader_term;
         let metadata = message.mut_snapshot().mut_metadata();
@@ -519,7 +569,8 @@ impl Node {
         let (exits_tx, exits) = bounded(THREADS + 1);
         spawn_signals(&exits_tx)?;
         let disk = OsDisk::open(&config.data_dir).map_err(|error| NodeError(error.to_string()))?;
-        let disk: Arc<dyn Disk> = Arc::new(disk);
+        let metrics = Arc::new(Metrics::new());
+        let disk: Arc<dyn Disk> = Arc::new(MeasuredDisk::new(disk, metrics.clone()));
         let client_port = bind("--port", &config.listen)?;
         let peer_port = bind("--peer-listen", &config.peer_listen)?;
         let contacts = match config.join {
@@ -572,6 +623,15 @@ impl Node {
 
         let snapshot_failed = Arc::new(AtomicBool::new(false));
         let room = Room::new(disk.clone(), published.clone(), config.max_store_bytes);
+        let gauges = Gauges {
+            events: events_tx.clone(),
+            applier: applier_tx.clone(),
+            snapshotter: snapshotter_tx.clone(),
+            published: published.clone(),
+            watchers: watchers.clone(),
+            disk,
+            store_bytes_max: config.max_store_bytes,
+        };
         let backend = NodeBackend {
             events: events_tx.clone(),
             applier: applier_tx.clone(),
@@ -588,6 +648,7 @@ impl Node {
             files: files.clone(),
             published,
             watchers: watchers.clone(),
+            metrics: metrics.clone(),
             progress: applier_progress,
             snapshot_count: config.snapshot_count,
             captured: snapshot_index,
@@ -595,8 +656,13 @@ impl Node {
             snapshot_failed: snapshot_failed.clone(),
             retry_at: None,
         };
-        let snapshotter =
-            SnapshotterThread { orders, files: files.clone(), events: events_tx.clone(), failed: snapshot_failed };
+        let snapshotter = SnapshotterThread {
+            orders,
+            files: files.clone(),
+            events: events_tx.clone(),
+            failed: snapshot_failed,
+            metrics: metrics.clone(),
+        };
         let driver = Driver {
             replica: Replica::new(core, boot, config.election_ticks),
             events,
@@ -608,6 +674,7 @@ impl Node {
                 acquaintances,
                 contacts.map(|(_, members)| members).unwrap_or_default(),
                 events_tx.clone(),
+                metrics.clone(),
             ),
             options: DriverOptions {
                 heartbeat_interval: config.heartbeat_interval,
@@ -620,6 +687,7 @@ impl Node {
             more: false,
             snapshot_asked: None,
             offences: Offences::default(),
+            measures: Measures::new(metrics.clone()),
         };
         spawn("applier", &exits_tx, move || applier.run().map(|()| End::Done))?;
         spawn("snapshotter", &exits_tx, move || snapshotter.run().map(|()| End::Done))?;
@@ -629,9 +697,15 @@ impl Node {
             Ok(DriverEnd::Disowned(reason)) => Err(reason),
             Err(error) => Err(error.to_string()),
         })?;
-        let inbox = Inbox { events: events_tx.clone(), files, me: config.id, receiving: AtomicBool::new(false) };
+        let inbox = Inbox {
+            events: events_tx.clone(),
+            files,
+            me: config.id,
+            receiving: AtomicBool::new(false),
+            metrics: metrics.clone(),
+        };
         let peer_server = peer_port
-            .serve(Arc::new(PeerServer::new(config.id, inbox)), peer_server::limits(), "peer")
+            .serve(Arc::new(PeerServer::new(config.id, inbox, metrics.clone())), peer_server::limits(), "peer")
             .map_err(|error| NodeError(format!("failed to serve the peer port: {error}")))?;
         let limits = api::Limits {
             key_bytes_max: config.max_key_bytes,
@@ -642,8 +716,10 @@ impl Node {
         let request_line_bytes = defaults.request_line_bytes.max(limits.request_line_bytes());
         let client_limits = http::Limits { request_line_bytes, ..defaults };
         let client_server = client_port
-            .serve(Arc::new(Api::new(backend, limits)), client_limits, "http")
+            .serve(Arc::new(Api::new(backend, limits, metrics.clone())), client_limits, "http")
             .map_err(|error| NodeError(format!("failed to serve the key-value port: {error}")))?;
+        let (clients, peers) = (client_server.connections(), peer_server.connections());
+        metrics.read_with(move |metrics| gauges.read(metrics, &clients, &peers));
         log::info!("serving clients at {}, peers at {}", client_server.local_addr(), peer_server.local_addr());
         let request_timeout = config.request_timeout;
         Ok(Some(Node { exits, events: events_tx, client_server, peer_server, watchers, request_timeout }))

@@ -30,6 +30,6 @@ mod server;
 pub use head::Head;
 pub use limits::Limits;
 pub use response::{Payload, Response, respond};
-pub use server::{Handle, Listener, Stopped};
+pub use server::{Connections, Handle, Listener, Stopped};
 pub use service::{Admission, Body, Service};
 pub use tiny_http::{HTTPVersion, Header, Method, StatusCode};
