@@ -9,9 +9,20 @@ export NODE_BINARY
 
 CLUSTER = .make/cluster.sh
 
+# The load generator, which starts the clusters that it measures, and where its results go. The directory has to be on
+# the disk that is to be measured.
+BENCH_BINARY ?= $(or $(CARGO_TARGET_DIR),target)/release/raftexample-bench
+BENCH_DIR ?= $(or $(CARGO_TARGET_DIR),target)/bench
+export BENCH_DIR
+BENCH_PEERS = .make/bench-peers.sh
+# SHORT=1 for a first reading, ROWS=put-1,put-64 for some rows, BENCH_FLAGS for all else that the program takes.
+BENCH_COMPARE = $(BENCH_BINARY) compare --directory $(BENCH_DIR) $(if $(SHORT),--short) $(if $(ROWS),--rows $(ROWS))
+
+SCRIPTS = $(CLUSTER) $(BENCH_PEERS) .ci/run .ci/schemathesis.sh
+
 .PHONY: help build cluster status logs stop clean test check \
 	kill-1 kill-2 kill-3 kill-4 stop-1 stop-2 stop-3 stop-4 restart-1 restart-2 restart-3 restart-4 \
-	add-4 remove-4
+	add-4 remove-4 bench bench-binary bench-etcd bench-drift
 
 # The text after the two number signs is the help.
 help: ## list the targets
@@ -64,6 +75,23 @@ stop: ## end all nodes with SIGTERM
 clean: ## end all nodes and delete their data and logs (cargo clean deletes what was built)
 	@$(CLUSTER) clean
 
+ifeq ($(origin BENCH_BINARY),file)
+bench-binary:
+	cargo build --release --locked --bin raftexample-bench
+else
+bench-binary:
+	@:
+endif
+
+bench: build bench-binary ## start three nodes in a temporary directory, measure the standard loads, print a table
+	@$(BENCH_BINARY) standard --directory $(BENCH_DIR) $(BENCH_FLAGS)
+
+bench-etcd: build bench-binary ## print ratios to etcd, Go's raftexample and the disk; SHORT=1 takes 3 minutes, ROWS=put-1,put-64 some rows
+	@peers=$$($(BENCH_PEERS)) && $(BENCH_COMPARE) $$peers $(BENCH_FLAGS)
+
+bench-drift: build bench-binary ## load three nodes for ten minutes, and print what grows
+	@$(BENCH_BINARY) drift --directory $(BENCH_DIR) $(BENCH_FLAGS)
+
 test: ## run all tests
 	cargo test --locked
 	cargo test --locked --features failpoints --test failpoints
@@ -74,7 +102,7 @@ check: ## check format, lints, docs and scripts
 	cargo clippy --locked --features failpoints --test failpoints -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
 	@if command -v shellcheck >/dev/null; then \
-		echo shellcheck $(CLUSTER) .ci/run .ci/schemathesis.sh; shellcheck $(CLUSTER) .ci/run .ci/schemathesis.sh; \
+		echo shellcheck $(SCRIPTS); shellcheck $(SCRIPTS); \
 	else \
 		echo 'shellcheck is not installed: the scripts go unchecked'; \
 	fi

@@ -18,12 +18,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::http::{Admission, Body, Head, Method, Response, Service, StatusCode};
-use crate::message::Backend;
-use crate::metrics::{Consistency, Metrics};
+use crate::http::{Admission, Begun, Body, Caller, Head, Method, Response, Service, StatusCode};
+use crate::message::{ANSWER_GRACE, Backend, ClientRequest, Reply, ReplyTo};
+use crate::metrics::{self, Metrics};
 
+use self::keys::Waiting;
 use self::problem::Problem;
 use self::request::{Request, is_write};
+use self::target::Consistency;
 
 /// Bytes of a request line beside the keys in it: method, version, and the parameters that are short.
 const REQUEST_LINE_BYTES_BESIDE_KEYS: usize = 1024;
@@ -67,6 +69,13 @@ pub struct Session<S> {
     began: Instant,
 }
 
+/// What is kept of a request that waits for its reply.
+pub struct Pending {
+    waiting: Waiting,
+    method: Method,
+    began: Instant,
+}
+
 impl<B: Backend> Api<B> {
     /// The API of the node behind `backend`, which counts the requests among `metrics`.
     pub fn new(backend: B, limits: Limits, metrics: Arc<Metrics>) -> Self {
@@ -75,6 +84,11 @@ impl<B: Backend> Api<B> {
 
     fn deadline(&self) -> Instant {
         Instant::now() + self.limits.request_timeout
+    }
+
+    /// Counts a request that was answered; `took` is `None` if waiting was what it asked for.
+    fn count(&self, method: &Method, response: &Response, consistency: metrics::Consistency, took: Option<Duration>) {
+        self.metrics.requests.answered(Some(method), response.status_code().0, consistency, took);
     }
 
     fn dispatch(
@@ -117,6 +131,9 @@ impl<B: Backend> Api<B> {
 
 impl<B: Backend> Service for Api<B> {
     type Session = Session<B::Session>;
+    type Turn = Vec<ClientRequest>;
+    type Pending = Pending;
+    type Reply = Reply;
 
     fn session(&self, _peer: SocketAddr) -> Self::Session {
         Session { backend: self.backend.session(), began: Instant::now() }
@@ -130,8 +147,9 @@ impl<B: Backend> Service for Api<B> {
         }
         let refuse = |problem: Problem| {
             let took = Some(session.began.elapsed());
-            self.metrics.requests.answered(Some(head.method()), problem.status(), Consistency::None, took);
-            Admission::Answer(answer::problem(&problem, is_write(head.method())))
+            let response = answer::problem(&problem, is_write(head.method()));
+            self.count(head.method(), &response, metrics::Consistency::None, took);
+            Admission::Answer(response)
         };
         let body_bytes_max = match Request::parse(head, &self.limits) {
             Ok(request) => request.body_bytes_max(&self.limits),
@@ -147,18 +165,71 @@ impl<B: Backend> Service for Api<B> {
     fn answer(&self, session: &mut Self::Session, head: &Head<'_>, body: Body<'_>) -> Response {
         let Body::Buffered(body) = body else { unreachable!("no request is admitted with a streamed body") };
         let request = Request::parse(head, &self.limits);
-        let (consistency, waits) = request.as_ref().map_or((Consistency::None, false), Request::reading);
+        let (consistency, waits) = request.as_ref().map_or((metrics::Consistency::None, false), Request::reading);
         let response = request
             .and_then(|request| self.dispatch(&mut session.backend, head, request, &body))
             .unwrap_or_else(|problem| answer::problem(&problem, is_write(head.method())));
         let took = (!waits).then(|| session.began.elapsed());
-        self.metrics.requests.answered(Some(head.method()), response.status_code().0, consistency, took);
+        self.count(head.method(), &response, consistency, took);
+        response
+    }
+
+    fn begin(
+        &self,
+        turn: &mut Vec<ClientRequest>,
+        head: &Head<'_>,
+        body: &[u8],
+        caller: Caller<Reply>,
+        now: Instant,
+    ) -> Begun<Pending> {
+        // What is wrong with a request is said in one place, on a thread.
+        let Ok(request) = Request::parse(head, &self.limits) else { return Begun::ForThread };
+        if body.len() > request.body_bytes_max(&self.limits) {
+            return Begun::ForThread;
+        }
+        let (waiting, command) = match request {
+            Request::GetKey { key, query, condition } if query.after_index.is_none() => {
+                if query.consistency == Consistency::Stale {
+                    let response = keys::answer_read(&self.backend.stale(), &key, &condition);
+                    self.count(head.method(), &response, metrics::Consistency::Stale, Some(now.elapsed()));
+                    return Begun::Answered(response);
+                }
+                (Waiting::Read { key: key.into_owned(), condition }, None)
+            }
+            Request::PutKey { key, condition, idempotency_key } => {
+                let (command, repeatable) = keys::put_command(&key, body, &condition, idempotency_key);
+                (Waiting::Write { repeatable }, Some(command))
+            }
+            Request::DeleteKey { key, condition, idempotency_key } => {
+                let (command, repeatable) = keys::delete_command(&key, condition, idempotency_key);
+                (Waiting::Write { repeatable }, Some(command))
+            }
+            _ => return Begun::ForThread,
+        };
+        let deadline = now + self.limits.request_timeout;
+        turn.push(ClientRequest { command: command.map(Into::into), deadline, reply: ReplyTo::Loop(caller) });
+        let pending = Pending { waiting, method: head.method().clone(), began: now };
+        Begun::Waits(pending, deadline + ANSWER_GRACE)
+    }
+
+    fn submit(&self, turn: &mut Vec<ClientRequest>) {
+        self.backend.submit(turn);
+    }
+
+    fn finish(&self, pending: Pending, reply: Option<Reply>, now: Instant) -> Response {
+        let Pending { waiting, method, began } = pending;
+        let consistency = match waiting {
+            Waiting::Read { .. } => metrics::Consistency::Linearizable,
+            Waiting::Write { .. } => metrics::Consistency::None,
+        };
+        let response = keys::answer_waiting(waiting, reply);
+        self.count(&method, &response, consistency, Some(now.saturating_duration_since(began)));
         response
     }
 
     fn fault(&self, status: StatusCode, detail: &str) -> Response {
         // The server refuses before the request gets here, whatever it was: if it was a write, it was not applied.
-        self.metrics.requests.answered(None, status.0, Consistency::None, None);
+        self.metrics.requests.answered(None, status.0, metrics::Consistency::None, None);
         answer::problem(&Problem::new(status.0, detail.to_owned()), true)
     }
 }

@@ -13,14 +13,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use bytes::Bytes;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use raft::eraftpb::Message;
 
 use crate::acquaintances::Promises;
 use crate::disk::Disk;
 use crate::membership::{Membership, NodeId};
-use crate::message::{AdminReply, AdminRequest, Refusal, SnapshotInfo, Status, Transfer, WriteReply};
+use crate::message::{
+    AdminReply, AdminRequest, ClientRequest, Refusal, Reply, ReplyTo, SnapshotInfo, Status, Transfer,
+};
 use crate::message_check::Offence;
 use crate::metrics::{Metrics, RaftPosition};
 use crate::peer_protocol::{Hello, HelloAnswer, HelloRefusal, PeerMessage};
@@ -112,37 +113,12 @@ impl Room {
     }
 }
 
-/// What a connection that waits is sent.
-pub enum Reply {
-    /// To a write.
-    Write(WriteReply),
-    /// To a request that changes the cluster.
-    Admin(AdminReply),
-    /// To a read: the version that holds everything the read must see.
-    Read(Result<Arc<Version>, Refusal>),
-}
-
-/// Where the answer to a request goes: the queue of one connection, with room for its one answer.
-pub type ReplyTo = Sender<Reply>;
-
 /// What happens to the driver.
 pub enum Event {
-    /// A client's write.
-    Write {
-        /// The encoded command.
-        command: Bytes,
-        /// When the client gives up.
-        deadline: Instant,
-        /// Who waits.
-        reply: ReplyTo,
-    },
-    /// A client's linearizable read.
-    Read {
-        /// When the client gives up.
-        deadline: Instant,
-        /// Who waits.
-        reply: ReplyTo,
-    },
+    /// A client's write or linearizable read.
+    Client(ClientRequest),
+    /// All of them that came to an event loop at once: at most one for each of its connections.
+    Clients(Vec<ClientRequest>),
     /// A client's request to change the cluster.
     Admin {
         /// What is asked.
@@ -436,10 +412,8 @@ impl<N: Network> Driver<N> {
         self.replica.stop(removed, &mut host);
         for event in self.events.try_iter().take(EVENTS_MAX) {
             match event {
-                Event::Write { reply, .. } => {
-                    host.answer(reply, Answer::Write(WriteReply::NotApplied(Refusal::Stopping)));
-                }
-                Event::Read { reply, .. } => host.answer(reply, Answer::Read(Refusal::Stopping)),
+                Event::Client(request) => request.refuse(Refusal::Stopping),
+                Event::Clients(requests) => requests.into_iter().for_each(|request| request.refuse(Refusal::Stopping)),
                 Event::Admin { reply, .. } => {
                     host.answer(reply, Answer::Admin(AdminReply::Refused(Refusal::Stopping)));
                 }
@@ -516,10 +490,12 @@ impl Turn {
         started: Instant,
     ) -> Result<(), CoreError> {
         match event {
-            Event::Write { command, deadline, reply } => {
-                replica.write(command, deadline.saturating_duration_since(started), reply, host);
+            Event::Client(request) => take_client(request, replica, host, started),
+            Event::Clients(requests) => {
+                for request in requests {
+                    take_client(request, replica, host, started);
+                }
             }
-            Event::Read { deadline, reply } => replica.read(deadline.saturating_duration_since(started), reply, host),
             Event::Admin { request, deadline, reply } => {
                 replica.admin(request, deadline.saturating_duration_since(started), reply, host);
             }
@@ -566,6 +542,20 @@ impl Turn {
     }
 }
 
+/// Lets the replica take a client's request in.
+fn take_client<N: Network>(
+    request: ClientRequest,
+    replica: &mut Replica<ReplyTo>,
+    host: &mut DriverHost<'_, N>,
+    started: Instant,
+) {
+    let deadline = request.deadline.saturating_duration_since(started);
+    match request.command {
+        Some(command) => replica.write(command, deadline, request.reply, host),
+        None => replica.read(deadline, request.reply, host),
+    }
+}
+
 /// The replica's surroundings during one turn.
 struct DriverHost<'a, N> {
     network: &'a mut N,
@@ -593,8 +583,7 @@ impl<N: Network> Host<ReplyTo> for DriverHost<'_, N> {
             Answer::Read(refusal) => Reply::Read(Err(refusal)),
             Answer::Admin(reply) => Reply::Admin(reply),
         };
-        // Each waiter has room for its one answer; it may have given up.
-        drop(waiter.try_send(reply));
+        waiter.send(reply);
     }
 
     fn note(&mut self, note: Note) {

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use crossbeam_channel::Sender;
 
+use crate::http::Caller;
 use crate::membership::{Membership, NodeId};
 use crate::store::{Outcome, Version};
 use crate::watch::Watchers;
@@ -36,6 +38,67 @@ pub enum WriteReply {
     /// Handed to Raft, and not seen applied: it may still take effect. 504. The text says what is known.
     Unknown(&'static str),
 }
+
+/// What a client that waits is sent.
+pub enum Reply {
+    /// To a write.
+    Write(WriteReply),
+    /// To a request that changes the cluster.
+    Admin(AdminReply),
+    /// To a read: the version that holds everything the read must see.
+    Read(Result<Arc<Version>, Refusal>),
+}
+
+/// Where the reply to a request goes.
+pub enum ReplyTo {
+    /// To a thread that waits for it, in a queue with room for this one.
+    Thread(Sender<Reply>),
+    /// To a connection of an event loop.
+    Loop(Caller<Reply>),
+}
+
+impl ReplyTo {
+    /// Sends the reply. Whoever waited may have given up.
+    pub fn send(self, reply: Reply) {
+        match self {
+            ReplyTo::Thread(waiter) => drop(waiter.try_send(reply)),
+            ReplyTo::Loop(caller) => caller.reply(reply),
+        }
+    }
+
+    /// Sends the reply; an event loop sees it when it is woken, which is for the caller to do, once for many replies.
+    pub fn put(self, reply: Reply) {
+        match self {
+            ReplyTo::Thread(waiter) => drop(waiter.try_send(reply)),
+            ReplyTo::Loop(caller) => caller.put(reply),
+        }
+    }
+}
+
+/// A write or a linearizable read on its way to the driver.
+pub struct ClientRequest {
+    /// The encoded command, if it is a write.
+    pub command: Option<Bytes>,
+    /// When the client gives up.
+    pub deadline: Instant,
+    /// Who waits.
+    pub reply: ReplyTo,
+}
+
+impl ClientRequest {
+    /// Answers that it was refused: nothing was done about it.
+    pub fn refuse(self, refusal: Refusal) {
+        let reply = match self.command {
+            Some(_) => Reply::Write(WriteReply::NotApplied(refusal)),
+            None => Reply::Read(Err(refusal)),
+        };
+        self.reply.send(reply);
+    }
+}
+
+/// How long a client's request is waited for past its deadline: the driver looks at deadlines once a tick, and a slow disk
+/// may hold it up.
+pub const ANSWER_GRACE: Duration = Duration::from_secs(2);
 
 /// A change of the membership or of the leadership.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,6 +206,10 @@ pub trait Backend: Send + Sync + 'static {
 
     /// A session for a new connection.
     fn session(&self) -> Self::Session;
+
+    /// Takes in requests of an event loop, and empties the list; each gets a [`Reply`] by its [`ReplyTo`], at the latest
+    /// a while after its deadline, unless the node is stuck. Does not wait.
+    fn submit(&self, requests: &mut Vec<ClientRequest>);
 
     /// Replicates an encoded command, and waits until it is applied here or `deadline` has passed.
     fn write(&self, session: &mut Self::Session, command: Bytes, deadline: Instant) -> WriteReply;

@@ -4,7 +4,7 @@
 //!        clients                                              other nodes
 //!           | HTTP, --port                                       | HTTP, peer URL
 //!   +-------v--------+                                  +--------v--------+
-//!   | http-N         | one thread per connection        | peer-N          | one thread per connection
+//!   | http-loop-N    | and http-N for what takes long   | peer-N          | one thread per connection
 //!   +---+--------+---+                                  +--------+--------+
 //!       |        | events (8192)                                 | events: waits when full
 //!       |        v                                               v
@@ -16,10 +16,10 @@
 //!       |   +---------+   captures (1)  +-------------+                   +---------------------+
 //!       +-->| applier |---------------->| snapshotter |-----> events
 //!           +----+----+  skipped if full+-------------+
-//!                | publishes a Version; answers the connections that wait (1 each)
+//!                | publishes a Version; answers the connections that wait: mailbox of the event loop, 1 for each thread
 //! ```
 //!
-//! **Who waits for whom**: connections wait for the driver and the applier; the snapshotter for the driver; the driver
+//! **Who waits for whom**: event loops for nobody; connections of threads wait for the driver and the applier; the snapshotter for the driver; the driver
 //! for the applier; the applier for nobody. There is no cycle, so no queue however full can stop all of them.
 //!
 //! **How it ends**: the first of these threads to end, for whatever reason, ends the node. Both ports are bound and all
@@ -46,12 +46,16 @@ use crate::data_dir::{self, Beginning, OpenOptions, SnapshotFiles};
 use crate::disk::{Disk, OsDisk};
 use crate::driver::{
     APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, FREE_BYTES_RESERVE, Measures, Offences,
-    Progress, Reply, ReplyTo, Room, ToApplier, ToSnapshotter,
+    Progress, Room, ToApplier, ToSnapshotter,
 };
-use crate::http;
+use crate::gentle_disk::GentleDisk;
+use crate::http::{self, EventLoop, Mailbox};
 use crate::measured_disk::MeasuredDisk;
 use crate::membership::{ClusterId, Membership, NodeId};
-use crate::message::{AdminReply, AdminRequest, Backend, Refusal, SnapshotInfo, Status, WriteReply};
+use crate::message::{
+    ANSWER_GRACE, AdminReply, AdminRequest, Backend, ClientRequest, Refusal, Reply, ReplyTo, SnapshotInfo, Status,
+    WriteReply,
+};
 use crate::metrics::{Metrics, SnapshotMetrics};
 use crate::peer_network::PeerNetwork;
 use crate::peer_protocol::{
@@ -68,13 +72,12 @@ use crate::watch::{WATCHES_MAX, Watchers};
 /// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
 pub const CAPTURES_MAX: usize = 1;
 
-/// How long a connection waits past its deadline for an answer that the driver owes it: the driver looks at deadlines
-/// once a tick, and a slow disk may hold it up.
-pub const ANSWER_GRACE: Duration = Duration::from_secs(2);
-
 /// How long after a snapshot that could not be written the next attempt is made: the disk is mostly full then, and what
 /// is full stays so for a while.
 pub const SNAPSHOT_RETRY_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The snapshotter's niceness, from 0, as for others, to 19: against one busy thread it gets a tenth of a processor.
+const SNAPSHOTTER_NICENESS: i32 = 10;
 
 /// How often a thread that has nothing to do says that it is alive.
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -99,6 +102,8 @@ pub struct ApplierThread {
     files: SnapshotFiles,
     published: Arc<ArcSwap<Version>>,
     watchers: Arc<Watchers>,
+    /// Ways into the event loops whose connections wait for answers.
+    mailboxes: Vec<Arc<Mailbox<Reply>>>,
     metrics: Arc<Metrics>,
     progress: Progress,
     snapshot_count: u64,
@@ -166,9 +171,9 @@ impl ApplierThread {
                 Done::Read => Reply::Read(Ok(version.clone())),
                 Done::Admin(membership) => Reply::Admin(AdminReply::Done(membership)),
             };
-            // Each waiter has room for its one answer; it may have given up.
-            drop(waiter.try_send(reply));
+            waiter.put(reply);
         }
+        self.mailboxes.iter().for_each(|mailbox| mailbox.wake());
     }
 
     /// A snapshot from the leader is loaded: it is as good as one of this node's own, and the log names it.
@@ -229,6 +234,7 @@ pub struct SnapshotterThread {
 
 impl SnapshotterThread {
     fn run(self) -> Result<(), String> {
+        be_nice();
         for order in &self.orders {
             match order {
                 ToSnapshotter::Write(capture, reply) => self.write(&capture, reply),
@@ -272,6 +278,14 @@ impl SnapshotterThread {
     }
 }
 
+/// Lets the threads that clients wait for go first.
+fn be_nice() {
+    let me = rustix::thread::gettid();
+    if let Err(error) = rustix::process::setpriority_process(Some(me), SNAPSHOTTER_NICENESS) {
+        log::debug!("the snapshotter runs at the priority of all others: {error}");
+    }
+}
+
 /// The node as its client connections see it.
 pub struct NodeBackend {
     events: Sender<Event>,
@@ -285,7 +299,7 @@ pub struct NodeBackend {
 
 /// One connection's place for its one answer.
 pub struct Session {
-    reply: ReplyTo,
+    reply: Sender<Reply>,
     replies: Receiver<Reply>,
 }
 
@@ -293,6 +307,10 @@ impl Session {
     fn new() -> Session {
         let (reply, replies) = bounded(1);
         Session { reply, replies }
+    }
+
+    fn reply_to(&self) -> ReplyTo {
+        ReplyTo::Thread(self.reply.clone())
     }
 }
 
@@ -311,9 +329,12 @@ impl NodeBackend {
     }
 }
 
+/// What a client is told whose request finds no room in a queue.
+const QUEUE_FULL: &str = "the node's queue is full";
+
 fn refusal<T>(error: TrySendError<T>) -> Refusal {
     match error {
-        TrySendError::Full(_) => Refusal::Overloaded("the node's queue is full"),
+        TrySendError::Full(_) => Refusal::Overloaded(QUEUE_FULL),
         TrySendError::Disconnected(_) => Refusal::Stopping,
     }
 }
@@ -325,8 +346,22 @@ impl Backend for NodeBackend {
         Session::new()
     }
 
+    fn submit(&self, requests: &mut Vec<ClientRequest>) {
+        if requests.is_empty() {
+            return;
+        }
+        let Err(error) = self.events.try_send(Event::Clients(std::mem::take(requests))) else { return };
+        let (Event::Clients(requests), refusal) = (match error {
+            TrySendError::Full(event) => (event, Refusal::Overloaded(QUEUE_FULL)),
+            TrySendError::Disconnected(event) => (event, Refusal::Stopping),
+        }) else {
+            unreachable!("what was sent comes back");
+        };
+        requests.into_iter().for_each(|request| request.refuse(refusal.clone()));
+    }
+
     fn write(&self, session: &mut Session, command: Bytes, deadline: Instant) -> WriteReply {
-        let event = Event::Write { command, deadline, reply: session.reply.clone() };
+        let event = Event::Client(ClientRequest { command: Some(command), deadline, reply: session.reply_to() });
         match self.ask(session, event, deadline) {
             Ok(Some(Reply::Write(reply))) => reply,
             Ok(Some(_)) => unreachable!("a write is answered as a write"),
@@ -336,7 +371,7 @@ impl Backend for NodeBackend {
     }
 
     fn read(&self, session: &mut Session, deadline: Instant) -> Result<Arc<Version>, Refusal> {
-        let event = Event::Read { deadline, reply: session.reply.clone() };
+        let event = Event::Client(ClientRequest { command: None, deadline, reply: session.reply_to() });
         match self.ask(session, event, deadline)? {
             Some(Reply::Read(result)) => result,
             Some(_) => unreachable!("a read is answered as a read"),
@@ -364,7 +399,7 @@ impl Backend for NodeBackend {
 
     fn admin(&self, request: AdminRequest, deadline: Instant) -> AdminReply {
         let mut session = Session::new();
-        let event = Event::Admin { request, deadline, reply: session.reply.clone() };
+        let event = Event::Admin { request, deadline, reply: session.reply_to() };
         match self.ask(&mut session, event, deadline) {
             Ok(Some(Reply::Admin(reply))) => reply,
             Ok(Some(_)) => unreachable!("a change of the cluster is answered as one"),
@@ -616,11 +651,13 @@ impl Node {
         let (applier_tx, batches) = bounded(APPLY_BATCHES_MAX);
         let (snapshotter_tx, orders) = bounded(CAPTURES_MAX);
         let files = SnapshotFiles::new(disk.clone(), identity.cluster);
+        let gentle_files = SnapshotFiles::new(Arc::new(GentleDisk::new(disk.clone())), identity.cluster);
         let applier = Applier::new(state, membership);
         let published = Arc::new(ArcSwap::from_pointee(applier.version()));
         let watchers = Arc::new(Watchers::default());
         let (driver_progress, applier_progress) = (Progress::new(started), Progress::new(started));
 
+        let event_loops = event_loops()?;
         let snapshot_failed = Arc::new(AtomicBool::new(false));
         let room = Room::new(disk.clone(), published.clone(), config.max_store_bytes);
         let gauges = Gauges {
@@ -648,6 +685,7 @@ impl Node {
             files: files.clone(),
             published,
             watchers: watchers.clone(),
+            mailboxes: event_loops.iter().map(EventLoop::mailbox).collect(),
             metrics: metrics.clone(),
             progress: applier_progress,
             snapshot_count: config.snapshot_count,
@@ -658,7 +696,7 @@ impl Node {
         };
         let snapshotter = SnapshotterThread {
             orders,
-            files: files.clone(),
+            files: gentle_files,
             events: events_tx.clone(),
             failed: snapshot_failed,
             metrics: metrics.clone(),
@@ -716,7 +754,7 @@ impl Node {
         let request_line_bytes = defaults.request_line_bytes.max(limits.request_line_bytes());
         let client_limits = http::Limits { request_line_bytes, ..defaults };
         let client_server = client_port
-            .serve(Arc::new(Api::new(backend, limits, metrics.clone())), client_limits, "http")
+            .serve_in_loops(Arc::new(Api::new(backend, limits, metrics.clone())), client_limits, "http", event_loops)
             .map_err(|error| NodeError(format!("failed to serve the key-value port: {error}")))?;
         let (clients, peers) = (client_server.connections(), peer_server.connections());
         metrics.read_with(move |metrics| gauges.read(metrics, &clients, &peers));
@@ -779,6 +817,14 @@ fn bind(flag: &str, address: &Address) -> Result<http::Listener, NodeError> {
     http::Listener::bind(address.to_string()).map_err(|error| {
         NodeError(format!("failed to listen at {address}: {error}; free the port or give another {flag}"))
     })
+}
+
+/// The event loops of the client port: one for every two processors, because the driver, the applier and the peers
+/// want some too, and four at most, which keep any driver busy.
+fn event_loops() -> Result<Vec<EventLoop<Reply>>, NodeError> {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let loops = (0..(processors / 2).clamp(1, 4)).map(|_| EventLoop::new(http::limits::CONNECTIONS_MAX));
+    loops.collect::<Result<_, _>>().map_err(|error| NodeError(format!("failed to make an event loop: {error}")))
 }
 
 fn random_u64() -> Result<u64, NodeError> {

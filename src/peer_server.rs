@@ -6,15 +6,18 @@
 //! said it would be; nothing of that frame, or behind it, is delivered.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt;
 use std::io::Read;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
-use crate::http::{Admission, Body, Head, Header, Limits, Method, Response, Service, StatusCode, respond};
+use crate::http::{
+    Admission, Begun, Body, Caller, Head, Header, Limits, Method, Response, Service, StatusCode, respond,
+};
 use crate::membership::NodeId;
 use crate::metrics::{Metrics, Received};
 use crate::peer_protocol::{
@@ -289,6 +292,9 @@ impl<I: PeerInbox> PeerServer<I> {
 
 impl<I: PeerInbox> Service for PeerServer<I> {
     type Session = PeerSession;
+    type Turn = ();
+    type Pending = Infallible;
+    type Reply = Infallible;
 
     fn session(&self, _peer: SocketAddr) -> PeerSession {
         PeerSession::default()
@@ -307,6 +313,17 @@ impl<I: PeerInbox> Service for PeerServer<I> {
             }
             Err(response) => Admission::Answer(response),
         }
+    }
+
+    /// Not asked: all that peers send takes long.
+    fn begin(&self, (): &mut (), _: &Head<'_>, _: &[u8], _: Caller<Infallible>, _: Instant) -> Begun<Infallible> {
+        Begun::ForThread
+    }
+
+    fn submit(&self, (): &mut ()) {}
+
+    fn finish(&self, pending: Infallible, _: Option<Infallible>, _: Instant) -> Response {
+        match pending {}
     }
 
     fn answer(&self, session: &mut PeerSession, _head: &Head<'_>, body: Body<'_>) -> Response {
@@ -348,7 +365,6 @@ mod tests {
     use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
     use std::process::Command;
     use std::sync::atomic::{AtomicU64, Ordering};
-    use std::time::Instant;
 
     use bytes::Bytes;
     use crossbeam_channel::{Receiver, Sender, bounded};

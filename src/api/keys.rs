@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 
 use crate::command::{Command, Condition, Kind, Token};
 use crate::http::{Head, Response};
-use crate::message::{Backend, Refusal, WriteReply};
+use crate::message::{Backend, Refusal, Reply, WriteReply};
 use crate::store::{Change, Changes, Item, Listing, Operation, Outcome, Version};
 use crate::watch::{Interest, Wake, Watch};
 
@@ -92,9 +92,8 @@ impl<B: Backend> Api<B> {
         condition: &Condition,
         idempotency_key: Option<&[u8]>,
     ) -> Result<Response, Problem> {
-        let token = idempotency_key.map(|name| Token::new(name, Kind::Put, key, condition, value));
-        let command = Command::encode_put(key, value, condition, token.as_ref());
-        self.write(session, command, token.is_some())
+        let (command, repeatable) = put_command(key, value, condition, idempotency_key);
+        self.write(session, command, repeatable)
     }
 
     pub(super) fn delete_key(
@@ -104,17 +103,12 @@ impl<B: Backend> Api<B> {
         condition: Condition,
         idempotency_key: Option<&[u8]>,
     ) -> Result<Response, Problem> {
-        let token = idempotency_key.map(|name| Token::new(name, Kind::Delete, key, &condition, b""));
-        let command = Command::Delete { key: Bytes::copy_from_slice(key), condition, token };
-        self.write(session, command.encode(), token.is_some())
+        let (command, repeatable) = delete_command(key, condition, idempotency_key);
+        self.write(session, command, repeatable)
     }
 
     fn write(&self, session: &mut B::Session, command: Vec<u8>, repeatable: bool) -> Result<Response, Problem> {
-        match self.backend.write(session, command.into(), self.deadline()) {
-            WriteReply::Applied(outcome) => answer_write(outcome),
-            WriteReply::NotApplied(refusal) => Err(refusal.into()),
-            WriteReply::Unknown(known) => Err(Problem::unknown(known, if repeatable { REPEAT } else { NO_REPEAT })),
-        }
+        answer_write(self.backend.write(session, command.into(), self.deadline()), repeatable)
     }
 
     fn read(&self, session: &mut B::Session, consistency: Consistency) -> Result<Arc<Version>, Problem> {
@@ -241,8 +235,66 @@ fn answer_key(version: &Version, key: &[u8], condition: &Condition) -> Result<Re
     }
 }
 
+/// The command of a PUT, and whether it may be sent again.
+pub(super) fn put_command(
+    key: &[u8],
+    value: &[u8],
+    condition: &Condition,
+    idempotency_key: Option<&[u8]>,
+) -> (Vec<u8>, bool) {
+    let token = idempotency_key.map(|name| Token::new(name, Kind::Put, key, condition, value));
+    (Command::encode_put(key, value, condition, token.as_ref()), token.is_some())
+}
+
+/// The command of a DELETE, and whether it may be sent again.
+pub(super) fn delete_command(key: &[u8], condition: Condition, idempotency_key: Option<&[u8]>) -> (Vec<u8>, bool) {
+    let token = idempotency_key.map(|name| Token::new(name, Kind::Delete, key, &condition, b""));
+    let repeatable = token.is_some();
+    (Command::Delete { key: Bytes::copy_from_slice(key), condition, token }.encode(), repeatable)
+}
+
+/// A request of an event loop that waits for the driver or the applier.
+pub(super) enum Waiting {
+    /// A write; whether it may be sent again.
+    Write { repeatable: bool },
+    /// A linearizable read of a key.
+    Read { key: Vec<u8>, condition: Condition },
+}
+
+/// Ends such a request. Without a reply the node did not answer in time.
+pub(super) fn answer_waiting(waiting: Waiting, reply: Option<Reply>) -> Response {
+    match (waiting, reply) {
+        (Waiting::Write { repeatable }, reply) => {
+            let reply = match reply {
+                Some(Reply::Write(reply)) => reply,
+                Some(_) => unreachable!("a write is answered as a write"),
+                None => WriteReply::Unknown("the node did not answer in time"),
+            };
+            answer_write(reply, repeatable).unwrap_or_else(|problem| answer::problem(&problem, true))
+        }
+        (Waiting::Read { key, condition }, Some(Reply::Read(Ok(version)))) => answer_read(&version, &key, &condition),
+        (Waiting::Read { .. }, Some(Reply::Read(Err(refusal)))) => answer::problem(&refusal.into(), false),
+        (Waiting::Read { .. }, Some(_)) => unreachable!("a read is answered as a read"),
+        (Waiting::Read { .. }, None) => answer::problem(&Refusal::NoLeader.into(), false),
+    }
+}
+
+/// Answers a read of a key, or says what is wrong with it.
+pub(super) fn answer_read(version: &Version, key: &[u8], condition: &Condition) -> Response {
+    answer_key(version, key, condition).unwrap_or_else(|problem| answer::problem(&problem, false))
+}
+
+/// How a write ended.
+fn answer_write(reply: WriteReply, repeatable: bool) -> Result<Response, Problem> {
+    match reply {
+        WriteReply::Applied(outcome) => answer_outcome(outcome),
+        WriteReply::NotApplied(refusal) => Err(refusal.into()),
+        WriteReply::Unknown(known) => Err(Problem::unknown(known, if repeatable { REPEAT } else { NO_REPEAT })),
+    }
+}
+
 /// What a write came to.
-fn answer_write(outcome: Outcome) -> Result<Response, Problem> {
+fn answer_outcome(outcome: Outcome) -> Result<Response, Problem> {
     match outcome {
         Outcome::Put { etag } => Ok(answer::stored(etag)),
         Outcome::Deleted { .. } => Ok(answer::done()),

@@ -1,12 +1,13 @@
 //! One connection from its first request to its last.
 
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read, Write};
 use std::mem::MaybeUninit;
-use std::net::SocketAddr;
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Instant;
 
+use bytes::Bytes;
 use log::debug;
-use tiny_http::{HTTPVersion, Method};
+use tiny_http::{HTTPVersion, Header, Method, StatusCode};
 
 use super::body::{BROKEN_OFF, BodyReader};
 use super::fault::Fault;
@@ -16,6 +17,10 @@ use super::registry::Place;
 use super::response::{Delivery, Encoder, Response};
 use super::service::{Admission, Body, Service};
 use super::socket::{INPUT_BYTES, Input, Patience, Socket};
+
+/// Reads from a refused connection before it is closed: a request that is there already must not turn the refusal into
+/// a reset. They do not wait.
+const REFUSED_READS: usize = 16;
 
 /// What becomes of a connection behind an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,8 +45,18 @@ enum Rest {
     Unknown,
 }
 
+/// Where a connection stands when its thread begins.
+pub(super) enum Beginning {
+    /// Nothing was read of it.
+    New,
+    /// So much was read of its next request. One that was begun long ago has to be whole by `deadline`.
+    Request { input: Input, deadline: Option<Instant> },
+    /// So much is left of an answer, behind which the connection is closed or not.
+    Answer { input: Input, head: Vec<u8>, body: Bytes, close: bool },
+}
+
 /// Runs a connection until it ends. Its place in the registry is held so long.
-pub(super) fn run<S: Service>(service: &S, limits: &Limits, place: &Place, peer: SocketAddr) {
+pub(super) fn run<S: Service>(service: &S, limits: &Limits, place: &Place, peer: SocketAddr, beginning: Beginning) {
     let link = place.link();
     let stream = link.stream();
     // Every answer is one write; waiting for more would only delay it.
@@ -49,15 +64,28 @@ pub(super) fn run<S: Service>(service: &S, limits: &Limits, place: &Place, peer:
         debug!("closing the connection from {peer}: failed to set TCP_NODELAY: {error}");
         return;
     }
+    let (input, deadline, answer) = match beginning {
+        Beginning::New => (Input::new(), None, None),
+        Beginning::Request { input, deadline } => (input, deadline, None),
+        Beginning::Answer { input, head, body, close } => (input, None, Some((head, body, close))),
+    };
     let mut connection = Connection {
         service,
         limits,
         place,
         session: service.session(peer),
         socket: Socket::new(stream),
-        input: Input::new(),
+        input,
         encoder: Encoder::default(),
+        deadline,
     };
+    if let Some((head, body, close)) = answer {
+        match connection.socket.write(&head, &body, limits.write_timeout) {
+            Err(_) => return connection.close(Next::Close),
+            Ok(()) if close => return connection.close(Next::Linger),
+            Ok(()) => {}
+        }
+    }
     let mut head = Vec::new();
     let next = loop {
         let next = match connection.receive_head(&mut head) {
@@ -65,6 +93,7 @@ pub(super) fn run<S: Service>(service: &S, limits: &Limits, place: &Place, peer:
             Ok(false) => break Next::Close,
             Err(fault) => connection.refuse(fault, false),
         };
+        connection.deadline = None;
         if next != Next::Continue {
             break next;
         }
@@ -80,6 +109,8 @@ struct Connection<'c, S: Service> {
     socket: Socket<'c>,
     input: Input,
     encoder: Encoder,
+    /// When the first request has to be whole, if it was begun before this thread was.
+    deadline: Option<Instant>,
 }
 
 impl<S: Service> Connection<'_, S> {
@@ -93,16 +124,17 @@ impl<S: Service> Connection<'_, S> {
         let mut scan = HeadScan::default();
         let mut patience = Patience::For(self.limits.idle_timeout);
         loop {
-            if self.place.is_stopping() {
-                return Ok(false);
-            }
             if let Some(span) = scan.advance(self.input.unread(), self.limits)? {
                 self.place.set_answering();
                 head.extend_from_slice(&self.input.take(span.end)[span.start..]);
                 return Ok(true);
             }
+            if self.place.is_stopping() {
+                return Ok(false);
+            }
             if let (Patience::For(_), false) = (patience, self.input.is_empty()) {
-                patience = Patience::Until(Instant::now() + self.limits.head_timeout);
+                let deadline = self.deadline.unwrap_or_else(|| Instant::now() + self.limits.head_timeout);
+                patience = Patience::Until(deadline);
             }
             match self.input.fill(&mut self.socket, patience) {
                 // A head that breaks off is nobody's request: there is no one to tell.
@@ -140,7 +172,8 @@ impl<S: Service> Connection<'_, S> {
                 if head.content_length().is_none_or(|length| length == bytes) {
                     self.invite_body(head)?;
                 }
-                let patience = Patience::Until(Instant::now() + allowance(self.limits.body_timeout, bytes));
+                let deadline = Instant::now() + allowance(self.limits.body_timeout, bytes);
+                let patience = Patience::Until(self.deadline.unwrap_or(deadline));
                 let reader = BodyReader::new(&mut self.input, &mut self.socket, head.framing(), patience);
                 let body = reader.read_whole(bytes_max)?;
                 Ok((self.service.answer(&mut self.session, head, Body::Buffered(body)), Rest::Nothing))
@@ -233,6 +266,25 @@ impl<S: Service> Connection<'_, S> {
                 Ok(0) | Err(_) => return,
                 Ok(read) => drained += read as u64,
             }
+        }
+    }
+}
+
+/// Turns a connection away, without waiting for its client in any way.
+pub(super) fn turn_away<S: Service>(service: &S, encoder: &mut Encoder, mut stream: &TcpStream, detail: &str) {
+    let mut response = service.fault(StatusCode(503), detail);
+    if !response.headers().iter().any(|header| header.field.equiv("Retry-After")) {
+        let retry = Header::from_bytes("Retry-After", "1");
+        response.add_header(retry.expect("the header is ASCII"));
+    }
+    let (head, body) = encoder.encode(response, Delivery { close: true, ..Delivery::default() });
+    // Best effort: a client that does not take this learns of the refusal by the close.
+    let _ = stream.set_nonblocking(true).and_then(|()| stream.write_all(head)).and_then(|()| stream.write_all(&body));
+    let _ = stream.shutdown(Shutdown::Write);
+    let mut scratch = [0; 4096];
+    for _ in 0..REFUSED_READS {
+        if !matches!(stream.read(&mut scratch), Ok(1..)) {
+            break;
         }
     }
 }

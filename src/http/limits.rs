@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Connections open at once. Each costs a thread (16 to 30 KiB resident when idle) and a descriptor.
+/// Connections open at once. Each costs a descriptor and 8 KiB, and one that needs a thread 16 to 30 KiB more.
 pub const CONNECTIONS_MAX: usize = 4096;
 /// Bytes of a request line: a key of 4 KiB with every byte percent-encoded, and room for a query.
 pub const REQUEST_LINE_BYTES_MAX: usize = 16 * 1024;

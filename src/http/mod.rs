@@ -1,13 +1,17 @@
 //! The HTTP/1.1 server behind the client port and the peer port.
 //!
-//! One named thread per connection on `std::net`, heads parsed by `httparse`, and the vocabulary of `tiny_http`
-//! (`Method`, `StatusCode`, `Header`, `HTTPVersion`, `Response`) in what a [`Service`] sees and returns. Its connection
-//! loop is not used: it has no limits on connections, heads, bodies or time, and it leaves connections unserved when
-//! they arrive faster than its threads wake.
+//! An event loop for many connections, or a named thread for each, on `std::net`; heads parsed by `httparse`; and the
+//! vocabulary of `tiny_http` (`Method`, `StatusCode`, `Header`, `HTTPVersion`, `Response`) in what a [`Service`] sees and
+//! returns. Its connection loop is not used: it has no limits on connections, heads, bodies or time, and it leaves
+//! connections unserved when they arrive faster than its threads wake.
 //!
 //! ```text
-//! Listener::bind -> serve -> accept thread -> one thread per connection:
-//!     read a head -> Service::admit -> read the body (or not) -> Service::answer -> one write
+//! Listener::bind -> serve -> accept thread
+//!   -> event loop, for all connections: read a request -> Service::begin -> wait for replies -> Service::finish -> write
+//!         | a request that may take long, or is odd
+//!         v
+//!      one thread for the connection, and from the start where there is no event loop:
+//!         read a head -> Service::admit -> read the body (or not) -> Service::answer -> one write
 //! ```
 //!
 //! What is bounded, and by what, stands in [`Limits`]. A connection reads nothing while a request of it is being
@@ -24,12 +28,15 @@ mod response;
 mod socket;
 mod body;
 mod registry;
+mod mailbox;
 mod connection;
+mod event_loop;
 mod server;
 
 pub use head::Head;
 pub use limits::Limits;
+pub use mailbox::{Caller, EventLoop, Mailbox};
 pub use response::{Payload, Response, respond};
 pub use server::{Connections, Handle, Listener, Stopped};
-pub use service::{Admission, Body, Service};
+pub use service::{Admission, Begun, Body, Service};
 pub use tiny_http::{HTTPVersion, Header, Method, StatusCode};

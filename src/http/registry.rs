@@ -151,6 +151,10 @@ impl Place {
         Arc::clone(&self.link)
     }
 
+    pub(super) fn registry(&self) -> Arc<Registry> {
+        Arc::clone(&self.registry)
+    }
+
     pub(super) fn is_stopping(&self) -> bool {
         self.registry.is_stopping()
     }

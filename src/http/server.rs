@@ -1,28 +1,27 @@
 //! The listening side: accepting, refusing, stopping.
 
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 use rustix::io::Errno;
-use tiny_http::{Header, StatusCode};
 
-use super::connection;
+use super::connection::{self, Beginning, turn_away};
+use super::event_loop::Runner;
 use super::limits::Limits;
+use super::mailbox::{EventLoop, Letter, Mailbox};
 use super::registry::Registry;
-use super::response::{Delivery, Encoder};
+use super::response::Encoder;
 use super::service::Service;
 
 /// How long accepting rests when descriptors or memory have run out. The connections wait in the kernel meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The same complaint is logged once in this time.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(1);
-/// Reads from a refused connection before it is closed: a request that is there already must not turn the refusal into
-/// a reset. They do not wait.
-const REFUSED_READS: usize = 16;
 /// How long waking the accept thread by connecting to it may take.
 const WAKE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -55,19 +54,44 @@ impl Listener {
     /// # Errors
     /// If the accept thread cannot be started.
     pub fn serve<S: Service>(self, service: Arc<S>, limits: Limits, name: &str) -> io::Result<Handle> {
+        self.serve_in_loops(service, limits, name, Vec::new())
+    }
+
+    /// Serves the port from event loops, each in a thread `<name>-loop-<number>`, which give to threads only the
+    /// connections that need one; without event loops as [`serve`](Listener::serve).
+    ///
+    /// # Errors
+    /// If a thread cannot be started.
+    pub fn serve_in_loops<S: Service>(
+        self,
+        service: Arc<S>,
+        limits: Limits,
+        name: &str,
+        event_loops: Vec<EventLoop<S::Reply>>,
+    ) -> io::Result<Handle> {
         let listener = Arc::new(self.listener);
         let registry = Arc::new(Registry::new(limits.connections));
+        let limits = Arc::new(limits);
+        let mut loops = Loops { mailboxes: Vec::new(), threads: Vec::new() };
+        for (number, event_loop) in event_loops.into_iter().enumerate() {
+            loops.mailboxes.push(event_loop.mailbox());
+            let runner = Runner::new(Arc::clone(&service), Arc::clone(&limits), name.to_owned(), event_loop);
+            let builder = thread::Builder::new().name(format!("{name}-loop-{number}"));
+            loops.threads.push(builder.spawn(move || runner.run())?);
+        }
         let acceptor = Acceptor {
             listener: Arc::clone(&listener),
             service,
-            limits: Arc::new(limits),
+            limits,
+            mailboxes: loops.mailboxes.clone(),
             registry: Arc::clone(&registry),
             name: name.to_owned(),
             encoder: Encoder::default(),
             complained: None,
         };
         let thread = thread::Builder::new().name(format!("{name}-accept")).spawn(move || acceptor.run())?;
-        Ok(Handle { local_addr: self.local_addr, registry, accepting: Some((listener, thread)) })
+        let accepting = Some((listener, thread));
+        Ok(Handle { local_addr: self.local_addr, registry, accepting, loops: Box::new(loops) })
     }
 }
 
@@ -100,11 +124,41 @@ impl Connections {
 }
 
 /// A running server. Dropping it stops it without waiting for anyone.
-#[derive(Debug)]
 pub struct Handle {
     local_addr: SocketAddr,
     registry: Arc<Registry>,
     accepting: Option<(Arc<TcpListener>, JoinHandle<()>)>,
+    loops: Box<dyn End>,
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").field("local_addr", &self.local_addr).finish_non_exhaustive()
+    }
+}
+
+/// Event loops whatever they are sent.
+trait End: Send + Sync {
+    /// Ends them; connections that they still hold are closed.
+    fn end(&mut self);
+}
+
+struct Loops<R> {
+    mailboxes: Vec<Arc<Mailbox<R>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl<R: Send> End for Loops<R> {
+    fn end(&mut self) {
+        for mailbox in &self.mailboxes {
+            mailbox.send(Letter::End);
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                warn!("an event loop had panicked");
+            }
+        }
+    }
 }
 
 impl Handle {
@@ -148,7 +202,9 @@ impl Handle {
         // The port is free from here on, however long the answers take.
         drop(listener);
         // A connection accepted while the flag went up sees it before its first read, and is in the registry by now.
-        Stopped { cut_off: self.registry.drain(deadline) }
+        let stopped = Stopped { cut_off: self.registry.drain(deadline) };
+        self.loops.end();
+        stopped
     }
 }
 
@@ -165,6 +221,8 @@ struct Acceptor<S: Service> {
     limits: Arc<Limits>,
     registry: Arc<Registry>,
     name: String,
+    /// Of the event loops; without any, each connection gets a thread.
+    mailboxes: Vec<Arc<Mailbox<S::Reply>>>,
     encoder: Encoder,
     /// The last complaint and when it was made.
     complained: Option<(Option<i32>, Instant)>,
@@ -187,17 +245,21 @@ impl<S: Service> Acceptor<S> {
         }
     }
 
-    /// Gives a connection its thread.
+    /// Gives a connection to an event loop or to a thread of its own.
     fn begin(&mut self, stream: TcpStream, peer: SocketAddr) {
         let place = match self.registry.admit(stream) {
             Ok(place) => place,
             Err(stream) => return self.refuse(&stream, "too many connections"),
         };
+        if !self.mailboxes.is_empty() {
+            let mailbox = &self.mailboxes[place.slot() % self.mailboxes.len()];
+            return mailbox.send(Letter::Connection(place, peer));
+        }
         let link = place.link();
         let name = format!("{}-{}", self.name, place.slot());
         let (service, limits) = (Arc::clone(&self.service), Arc::clone(&self.limits));
         let builder = thread::Builder::new().name(name).stack_size(self.limits.stack_bytes);
-        let spawned = builder.spawn(move || connection::run(&*service, &limits, &place, peer));
+        let spawned = builder.spawn(move || connection::run(&*service, &limits, &place, peer, Beginning::New));
         if let Err(error) = spawned {
             self.complain("failed to start a thread for a connection", &error);
             self.refuse(link.stream(), "no thread for this connection");
@@ -205,24 +267,9 @@ impl<S: Service> Acceptor<S> {
     }
 
     /// Turns a connection away, without waiting for its client in any way.
-    fn refuse(&mut self, mut stream: &TcpStream, detail: &str) {
+    fn refuse(&mut self, stream: &TcpStream, detail: &str) {
         self.registry.count_refused();
-        let mut response = self.service.fault(StatusCode(503), detail);
-        if !response.headers().iter().any(|header| header.field.equiv("Retry-After")) {
-            let retry = Header::from_bytes("Retry-After", "1");
-            response.add_header(retry.expect("the header is ASCII"));
-        }
-        let (head, body) = self.encoder.encode(response, Delivery { close: true, ..Delivery::default() });
-        // Best effort: a client that does not take this learns of the refusal by the close.
-        let _ =
-            stream.set_nonblocking(true).and_then(|()| stream.write_all(head)).and_then(|()| stream.write_all(&body));
-        let _ = stream.shutdown(Shutdown::Write);
-        let mut scratch = [0; 4096];
-        for _ in 0..REFUSED_READS {
-            if !matches!(stream.read(&mut scratch), Ok(1..)) {
-                break;
-            }
-        }
+        turn_away(&*self.service, &mut self.encoder, stream, detail);
     }
 
     /// Logs an error, unless the same was logged a moment ago.

@@ -158,9 +158,14 @@ impl Input {
     pub(super) fn clear(&mut self) {
         self.start = 0;
         self.end = 0;
-        if self.bytes.len() > INPUT_BYTES {
+        if self.bytes.len() != INPUT_BYTES {
             self.bytes = vec![0; INPUT_BYTES];
         }
+    }
+
+    /// No bytes, and no room for any yet.
+    pub(super) fn empty() -> Input {
+        Input { bytes: Vec::new(), start: 0, end: 0 }
     }
 
     /// Reads more, once. The buffer grows if it is nearly full: how far, the caller limits by what it leaves unused.
@@ -168,12 +173,17 @@ impl Input {
     /// # Errors
     /// As [`Socket::read`].
     pub(super) fn fill(&mut self, socket: &mut Socket<'_>, patience: Patience) -> io::Result<usize> {
+        self.fill_with(|buffer| socket.read(buffer, patience))
+    }
+
+    /// The same with a read of the caller's.
+    pub(super) fn fill_with(&mut self, read: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<usize> {
         if self.is_empty() {
             self.clear();
         } else if self.bytes.len() - self.end < self.bytes.len() / 4 {
             self.make_room();
         }
-        let read = socket.read(&mut self.bytes[self.end..], patience)?;
+        let read = read(&mut self.bytes[self.end..])?;
         self.end += read;
         Ok(read)
     }

@@ -55,7 +55,7 @@ impl Requests {
         );
         let durations = family.histograms(
             "raftexample_http_request_duration_seconds",
-            "Time from the arrival of a request's head to its answer; without requests that wait for a change.",
+            "Time from the arrival of a request to its answer; without requests that wait for a change.",
             &["method", "consistency"],
             REQUEST_SECONDS,
         );

@@ -7,6 +7,8 @@
 
 /// Conditions, tokens and listings while leaders die.
 mod api;
+/// The load generator's own clusters.
+mod bench;
 /// A client that repeats what may be repeated, at another node if need be.
 mod caller;
 /// A copy of what `make` needs to run a cluster.

@@ -29,6 +29,9 @@ fn help_names_all_targets() {
         "logs",
         "stop",
         "clean",
+        "bench",
+        "bench-etcd",
+        "bench-drift",
         "test",
         "check",
     ];

@@ -9,7 +9,8 @@ use bytes::Bytes;
 use crate::command::{Command, Condition, RequestId};
 use crate::membership::{Member, Membership};
 use crate::message::{
-    AdminReply, AdminRequest, Backend, MemberProgress, Refusal, SnapshotInfo, Status, Transfer, WriteReply,
+    AdminReply, AdminRequest, Backend, ClientRequest, MemberProgress, Refusal, Reply, SnapshotInfo, Status, Transfer,
+    WriteReply,
 };
 use crate::store::{Applied, StateMachine, Version};
 use crate::watch::Watchers;
@@ -136,6 +137,15 @@ impl Backend for Arc<Fake> {
     type Session = ();
 
     fn session(&self) {}
+
+    fn submit(&self, requests: &mut Vec<ClientRequest>) {
+        for ClientRequest { command, deadline, reply } in requests.drain(..) {
+            reply.send(match command {
+                Some(command) => Reply::Write(self.write(&mut (), command, deadline)),
+                None => Reply::Read(self.read(&mut (), deadline)),
+            });
+        }
+    }
 
     fn write(&self, (): &mut (), command: Bytes, _deadline: Instant) -> WriteReply {
         let mut state = self.state();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use crate::http::{Handle, Limits as HttpLimits, Listener};
+use crate::http::{EventLoop, Handle, Limits as HttpLimits, Listener};
 use crate::message::{AdminReply, AdminRequest, Refusal, WriteReply};
 use crate::metrics::Metrics;
 use crate::store::CHANGES_MAX;
@@ -36,10 +36,15 @@ impl Server {
     }
 
     fn start_within(limits: HttpLimits) -> Self {
+        Self::start_with(limits, 1)
+    }
+
+    fn start_with(limits: HttpLimits, event_loops: usize) -> Self {
         let backend = Arc::new(Fake::new());
         let api = Arc::new(Api::new(Arc::clone(&backend), LIMITS, Arc::new(Metrics::new())));
         let listener = Listener::bind("127.0.0.1:0").expect("a free port");
-        let handle = listener.serve(api, limits, "api").expect("a thread");
+        let event_loops = (0..event_loops).map(|_| EventLoop::new(limits.connections).expect("a descriptor")).collect();
+        let handle = listener.serve_in_loops(api, limits, "api", event_loops).expect("a thread");
         let client = Client::new(handle.local_addr());
         Server { backend, client, handle }
     }
@@ -62,6 +67,58 @@ impl Server {
         let answer = self.send(&format!("PUT {target}"), &[], value);
         assert_eq!(answer.status, 204, "PUT {target}: {answer:?}");
         answer.field("ETag").expect("an entity tag").to_owned()
+    }
+}
+
+/// What an event loop begins itself and what a thread does gets the same answer, byte for byte.
+#[test]
+fn event_loops_and_threads_answer_alike() {
+    let requests: &[(&str, &[&str], &[u8])] = &[
+        ("PUT /k", &[], b"value"),
+        ("GET /k", &[], b""),
+        ("HEAD /k", &[], b""),
+        ("GET /k?consistency=stale", &[], b""),
+        ("HEAD /k?consistency=stale", &[], b""),
+        ("GET /absent", &[], b""),
+        ("GET /absent?consistency=stale", &[], b""),
+        ("GET /k", &["If-None-Match: \"1\""], b""),
+        ("GET /k", &["If-Match: \"7\""], b""),
+        ("PUT /k", &["If-None-Match: *"], b"other"),
+        ("PUT /k", &["If-Match: \"1\""], b"other"),
+        ("PUT /token", &["Idempotency-Key: a"], b"1"),
+        ("PUT /token", &["Idempotency-Key: a"], b"1"),
+        ("PUT /token", &["Idempotency-Key: a"], b"2"),
+        ("DELETE /k", &[], b""),
+        ("DELETE /k", &[], b""),
+        ("DELETE /token", &["Idempotency-Key: b"], b""),
+        ("GET /k", &[], b"a body"),
+        ("PUT /k", &["If-Match: unquoted"], b"x"),
+        ("PUT /k", &["Idempotency-Key: "], b"x"),
+        ("GET /k?unknown=1", &[], b""),
+        ("POST /k", &[], b""),
+        ("OPTIONS /k", &[], b""),
+        ("GET /?limit=1", &[], b""),
+        ("PUT /%zz", &[], b"x"),
+        ("GET /_/nothing", &[], b""),
+    ];
+    let (in_loops, in_threads) =
+        (Server::start_with(HttpLimits::default(), 1), Server::start_with(HttpLimits::default(), 0));
+    for refused in [false, true] {
+        if refused {
+            for server in [&in_loops, &in_threads] {
+                server.backend.refuse_reads(Some(Refusal::NoLeader));
+                server.backend.answer_writes(WriteReply::Unknown("it was handed over"));
+            }
+        }
+        for (request, fields, body) in requests {
+            // A new connection for each: one that needed a thread would keep it.
+            let [in_loop, in_thread] = [&in_loops, &in_threads].map(|server| {
+                let mut answer = server.another_client().send(request, fields, body);
+                answer.fields.retain(|(name, _)| !name.eq_ignore_ascii_case("Date"));
+                format!("{answer:?}")
+            });
+            assert_eq!(in_loop, in_thread, "{request} {fields:?}");
+        }
     }
 }
 
@@ -601,7 +658,12 @@ fn head_is_get_without_its_body() {
 
 #[test]
 fn the_metrics_are_those_of_the_requests() {
-    let mut server = Server::start();
+    for event_loops in [0, 1] {
+        counts_requests(&mut Server::start_with(HttpLimits::default(), event_loops));
+    }
+}
+
+fn counts_requests(server: &mut Server) {
     server.put("/k", b"value");
     server.get("/k");
     server.get("/k?consistency=stale");

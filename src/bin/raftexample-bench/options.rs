@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{Args, ValueEnum};
 use raftexample::config::{MAX_VALUE_BYTES_MAX, parse_duration, parse_size};
 use url::Url;
 
@@ -22,9 +22,8 @@ pub(crate) const RATE_MAX: u64 = 1_000_000;
 /// Longer is a typing mistake. Also what the latency histograms are made for.
 pub(crate) const TIME_MAX: Duration = Duration::from_secs(60 * 60);
 
-/// What was typed. The comments of the fields are the text of `--help`.
-#[derive(Clone, Debug, Parser)]
-#[command(name = "raftexample-bench", version, about = "Puts load on a running cluster and measures it", long_about = None)]
+/// What was typed of a load. The comments of the fields are the text of `--help`.
+#[derive(Clone, Debug, Args)]
 pub(crate) struct Cli {
     /// Client URLs of the cluster's nodes
     #[arg(
@@ -197,6 +196,32 @@ pub(crate) struct Options {
 }
 
 impl Options {
+    /// Writes of 128 bytes over 64 connections to the leader of `endpoints`, as fast as they are answered: what the
+    /// command line says when it says nothing. `endpoints` are not empty.
+    pub(crate) fn closed_loop(endpoints: Vec<Url>, api: Api) -> Self {
+        Self {
+            endpoints,
+            target: TargetChoice::Leader,
+            api,
+            workload: Workload::Put,
+            put_ratio: 0.5,
+            path: "/".to_owned(),
+            keys: 10_000,
+            value_bytes: 128,
+            zipf_exponent: None,
+            connections: vec![64],
+            rates: Vec::new(),
+            warm_up: Duration::from_secs(1),
+            duration: Duration::from_secs(10),
+            timeout: Duration::from_secs(10),
+            threads: 1,
+            seed: 1,
+            fill: false,
+            json: None,
+            plot: None,
+        }
+    }
+
     /// Checks what the types of [`Cli`] have not.
     ///
     /// # Errors
@@ -281,7 +306,11 @@ fn value_bytes(text: &str) -> Result<usize, String> {
     }
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+/// Reads a duration of at most [`TIME_MAX`]; zero may be written without a unit.
+///
+/// # Errors
+/// What to write instead.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     // Zero is fine for a warm-up, and what people write for it has no unit.
     let duration = if text == "0" { Duration::ZERO } else { parse_duration(text)? };
     if duration > TIME_MAX { Err("write a duration of at most 1h".to_owned()) } else { Ok(duration) }
@@ -289,17 +318,21 @@ fn duration(text: &str) -> Result<Duration, String> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::command_line::CommandLine;
 
     fn options(arguments: &[&str]) -> Result<Options, String> {
-        let cli =
-            Cli::try_parse_from([&["raftexample-bench"], arguments].concat()).map_err(|error| error.to_string())?;
-        Options::from_cli(cli)
+        let line = CommandLine::try_parse_from([&["raftexample-bench"], arguments].concat());
+        Options::from_cli(line.map_err(|error| error.to_string())?.load)
     }
 
     #[test]
     fn defaults_load_the_leader_of_the_local_cluster() {
         let options = options(&[]).unwrap();
+        let same = Options::closed_loop(options.endpoints.clone(), options.api);
+        assert_eq!(format!("{options:?}"), format!("{same:?}"));
         assert_eq!(options.endpoints.len(), 3);
         assert_eq!(options.target, TargetChoice::Leader);
         assert_eq!((options.connections, options.rates), (vec![64], vec![]));

@@ -186,6 +186,11 @@ impl Point {
         }
     }
 
+    /// Whether the nodes may be able to do more than the generator.
+    pub(crate) fn generator_is_busy(&self) -> bool {
+        1.0 - self.generator.busy_share < SPARE_SHARE_MIN
+    }
+
     /// Writes its rows of the table, with what is to be said about them.
     ///
     /// # Errors
@@ -213,7 +218,7 @@ impl Point {
             let kinds: Vec<_> = self.failures.iter().map(|(kind, count)| format!("{kind}: {count}")).collect();
             writeln!(out, "      without success: {}", kinds.join(", "))?;
         }
-        if 1.0 - self.generator.busy_share < SPARE_SHARE_MIN {
+        if self.generator_is_busy() {
             writeln!(out, "      the generator was busy nearly all the time: the nodes may be able to do more")?;
         }
         out.flush()

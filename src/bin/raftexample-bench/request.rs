@@ -14,6 +14,9 @@ const KEY_PREFIX: &str = "bench-";
 /// Every key has this many digits, so that every request is equally long.
 pub(crate) const KEY_DIGITS: usize = 12;
 
+/// What a key takes, prefix and digits.
+pub(crate) const KEY_BYTES: usize = KEY_PREFIX.len() + KEY_DIGITS;
+
 /// The value, which is the same in all requests, is made from this seed whatever `--seed` is.
 const VALUE_SEED: u64 = 0x5EED;
 
@@ -165,6 +168,11 @@ impl Template {
     }
 }
 
+/// The name of a key.
+pub(crate) fn key_name(key: u64) -> String {
+    format!("{KEY_PREFIX}{key:0digits$}", digits = KEY_DIGITS)
+}
+
 fn write_digits(place: &mut [u8], mut number: u64) {
     for digit in place.iter_mut().rev() {
         *digit = b'0' + (number % 10) as u8;
@@ -173,7 +181,7 @@ fn write_digits(place: &mut [u8], mut number: u64) {
 }
 
 /// Letters and digits, so that a form can hold them unescaped; not all the same, so that nothing compresses them away.
-fn value(bytes: usize) -> Vec<u8> {
+pub(crate) fn value(bytes: usize) -> Vec<u8> {
     const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
     let mut random = Random::new(VALUE_SEED);
     (0..bytes).map(|_| LETTERS[random.below(LETTERS.len() as u64) as usize]).collect()
@@ -184,12 +192,12 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::options::Cli;
+    use crate::command_line::CommandLine;
 
     /// The second request, of key 1, as text.
     fn request(arguments: &[&str]) -> String {
         let line = [&["raftexample-bench", "--value-bytes=4"], arguments].concat();
-        let options = Options::from_cli(Cli::try_parse_from(line).unwrap()).unwrap();
+        let options = Options::from_cli(CommandLine::try_parse_from(line).unwrap().load).unwrap();
         let targets = [Target::resolve(&"http://127.0.0.1:80".parse().unwrap()).unwrap()];
         let keys = Keys::EachOnce { next: 0, step: 1 };
         let mut requests = Requests::new(&options, options.workload, keys, 1, &targets);
@@ -200,6 +208,7 @@ mod tests {
     #[test]
     fn requests_are_what_each_api_expects() {
         let text = String::from_utf8(value(4)).unwrap();
+        assert_eq!((key_name(1).as_str(), key_name(1).len()), ("bench-000000000001", KEY_BYTES));
         assert_eq!(
             request(&[]),
             format!("PUT /bench-000000000001 HTTP/1.1\r\nHost: 127.0.0.1:80\r\nContent-Length: 4\r\n\r\n{text}")

@@ -61,7 +61,10 @@ pub(crate) fn run(options: &Options, out: &mut dyn Write) -> Result<Report, Stri
 }
 
 /// Writes every key once, so that reads find them.
-fn fill(options: &Options) -> Result<(), String> {
+///
+/// # Errors
+/// One line, when any write fails.
+pub(crate) fn fill(options: &Options) -> Result<(), String> {
     let targets = choose(options)?;
     let keys = options.keys;
     let connections = FILL_CONNECTIONS.min(usize::try_from(keys).unwrap_or(FILL_CONNECTIONS));
@@ -88,7 +91,10 @@ fn fill(options: &Options) -> Result<(), String> {
 }
 
 /// Measures one number of connections at one rate; None: closed loop.
-fn measure(options: &Options, connections: usize, rate: Option<u64>) -> Result<Point, String> {
+///
+/// # Errors
+/// One line, when no node can be chosen or reached. That no request succeeds is none.
+pub(crate) fn measure(options: &Options, connections: usize, rate: Option<u64>) -> Result<Point, String> {
     let targets = choose(options)?;
     let workers = options.threads.min(connections) as u64;
     let window = window(options.warm_up, options.duration);
@@ -216,7 +222,7 @@ fn processor_time() -> Duration {
 }
 
 /// 1024 connections and a few files are more than the usual limit. What the system refuses shows when connecting.
-fn raise_descriptor_limit() {
+pub(crate) fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use clap::Parser;
 
-use crate::options::{Cli, Options};
+use crate::command_line::CommandLine;
+use crate::options::Options;
 use crate::report::{Point, Report};
 use crate::run::run;
 
@@ -147,7 +148,7 @@ fn bench(servers: &[&Server], arguments: &[&str]) -> (Result<Report, String>, St
         !arguments.iter().any(|argument| flag.starts_with("--") && argument.split('=').next() == Some(flag))
     });
     line.extend(arguments);
-    let options = Options::from_cli(Cli::try_parse_from(line).unwrap()).unwrap();
+    let options = Options::from_cli(CommandLine::try_parse_from(line).unwrap().load).unwrap();
     let mut out = Vec::new();
     let report = run(&options, &mut out);
     (report, String::from_utf8(out).unwrap())
