@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::http::{Admission, Begun, Body, Caller, Head, Method, Response, Service, StatusCode};
-use crate::message::{ANSWER_GRACE, Backend, ClientRequest, Reply, ReplyTo};
+use crate::message::{ANSWER_GRACE, Ask, Backend, ClientRequest, Refusal, Reply, ReplyTo, STALE_READ_TIMEOUT};
 use crate::metrics::{self, Metrics};
 
 use self::keys::Waiting;
@@ -84,6 +84,23 @@ impl<B: Backend> Api<B> {
 
     fn deadline(&self) -> Instant {
         Instant::now() + self.limits.request_timeout
+    }
+
+    /// Ends a request of an event loop. Without a reply the node did not answer in time.
+    fn answer_waiting(&self, waiting: Waiting, reply: Option<Reply>) -> Response {
+        match (waiting, reply) {
+            (Waiting::Write { repeatable }, reply) => keys::answer_waiting_write(repeatable, reply),
+            (Waiting::Read { key, condition, .. }, Some(Reply::Read(Ok(version)))) => {
+                keys::answer_read(&version, &key, &condition)
+            }
+            // The applier is stuck or the node ends: what was published last is a stale read too.
+            (Waiting::Read { key, condition, stale: true }, _) => {
+                keys::answer_read(&self.backend.last_published(), &key, &condition)
+            }
+            (Waiting::Read { .. }, Some(Reply::Read(Err(refusal)))) => answer::problem(&refusal.into(), false),
+            (Waiting::Read { .. }, Some(_)) => unreachable!("a read is answered as a read"),
+            (Waiting::Read { .. }, None) => answer::problem(&Refusal::NoLeader.into(), false),
+        }
     }
 
     /// Counts a request that was answered; `took` is `None` if waiting was what it asked for.
@@ -187,27 +204,33 @@ impl<B: Backend> Service for Api<B> {
         if body.len() > request.body_bytes_max(&self.limits) {
             return Begun::ForThread;
         }
-        let (waiting, command) = match request {
+        let (waiting, ask) = match request {
             Request::GetKey { key, query, condition } if query.after_index.is_none() => {
-                if query.consistency == Consistency::Stale {
-                    let response = keys::answer_read(&self.backend.stale(), &key, &condition);
+                let stale = query.consistency == Consistency::Stale;
+                if stale && let Some(version) = self.backend.newest() {
+                    let response = keys::answer_read(&version, &key, &condition);
                     self.count(head.method(), &response, metrics::Consistency::Stale, Some(now.elapsed()));
                     return Begun::Answered(response);
                 }
-                (Waiting::Read { key: key.into_owned(), condition }, None)
+                let ask = if stale { Ask::StaleRead } else { Ask::Read };
+                (Waiting::Read { key: key.into_owned(), condition, stale }, ask)
             }
             Request::PutKey { key, condition, idempotency_key } => {
                 let (command, repeatable) = keys::put_command(&key, body, &condition, idempotency_key);
-                (Waiting::Write { repeatable }, Some(command))
+                (Waiting::Write { repeatable }, Ask::Write(command.into()))
             }
             Request::DeleteKey { key, condition, idempotency_key } => {
                 let (command, repeatable) = keys::delete_command(&key, condition, idempotency_key);
-                (Waiting::Write { repeatable }, Some(command))
+                (Waiting::Write { repeatable }, Ask::Write(command.into()))
             }
             _ => return Begun::ForThread,
         };
-        let deadline = now + self.limits.request_timeout;
-        turn.push(ClientRequest { command: command.map(Into::into), deadline, reply: ReplyTo::Loop(caller) });
+        let patience = match ask {
+            Ask::StaleRead => STALE_READ_TIMEOUT,
+            Ask::Write(_) | Ask::Read => self.limits.request_timeout,
+        };
+        let deadline = now + patience;
+        turn.push(ClientRequest { ask, deadline, reply: ReplyTo::Loop(caller) });
         let pending = Pending { waiting, method: head.method().clone(), began: now };
         Begun::Waits(pending, deadline + ANSWER_GRACE)
     }
@@ -219,10 +242,11 @@ impl<B: Backend> Service for Api<B> {
     fn finish(&self, pending: Pending, reply: Option<Reply>, now: Instant) -> Response {
         let Pending { waiting, method, began } = pending;
         let consistency = match waiting {
-            Waiting::Read { .. } => metrics::Consistency::Linearizable,
+            Waiting::Read { stale: true, .. } => metrics::Consistency::Stale,
+            Waiting::Read { stale: false, .. } => metrics::Consistency::Linearizable,
             Waiting::Write { .. } => metrics::Consistency::None,
         };
-        let response = keys::answer_waiting(waiting, reply);
+        let response = self.answer_waiting(waiting, reply);
         self.count(&method, &response, consistency, Some(now.saturating_duration_since(began)));
         response
     }

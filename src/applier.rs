@@ -1,8 +1,8 @@
 //! The applier: owns the key-value state, and is the only one who changes it.
 //!
-//! Everything that reaches the state comes through one queue, from one thread, in log order. After each batch a new
-//! immutable [`Version`] is published, and only then are the waiting requests answered: who reads after an answer
-//! sees at least what the answer spoke of.
+//! Everything that reaches the state comes through one queue, from one thread, in log order. After each batch it is
+//! published how far the state is, with an immutable [`Version`] of it if anyone wants one, and only then are the
+//! waiting requests answered: who reads after an answer sees at least what the answer spoke of.
 
 use std::fmt;
 use std::sync::Arc;

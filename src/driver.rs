@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use raft::eraftpb::Message;
 
@@ -20,15 +19,16 @@ use crate::acquaintances::Promises;
 use crate::disk::Disk;
 use crate::membership::{Membership, NodeId};
 use crate::message::{
-    AdminReply, AdminRequest, ClientRequest, Refusal, Reply, ReplyTo, SnapshotInfo, Status, Transfer,
+    AdminReply, AdminRequest, Ask, ClientRequest, Refusal, Reply, ReplyTo, SnapshotInfo, Status, Transfer,
 };
 use crate::message_check::Offence;
 use crate::metrics::{Metrics, RaftPosition};
 use crate::peer_protocol::{Hello, HelloAnswer, HelloRefusal, PeerMessage};
+use crate::publication::Publication;
 use crate::raft_core::CoreError;
 use crate::raft_log::SEGMENT_BYTES;
 use crate::replica::{Answer, Apply, FORWARDED_MAX, Host, Note, PENDING_READS_MAX, PENDING_WRITES_MAX, Replica};
-use crate::store::{Capture, Version};
+use crate::store::Capture;
 
 /// Events that wait for the driver. More than there are connections (each waits for its one request), so a client
 /// meets the limit only when the driver is stuck; it is then told 503. Peer connections wait, and TCP slows the peer.
@@ -66,7 +66,7 @@ pub const FREE_BYTES_INTERVAL: Duration = Duration::from_secs(1);
 /// Tells whether there is room for more keys and values.
 pub struct Room {
     disk: Arc<dyn Disk>,
-    published: Arc<ArcSwap<Version>>,
+    publication: Arc<Publication>,
     store_bytes_max: u64,
     /// The free bytes when last asked for, if they are below the reserve.
     below_reserve: Option<u64>,
@@ -74,9 +74,9 @@ pub struct Room {
 }
 
 impl Room {
-    /// Room on `disk`, and for `store_bytes_max` bytes of keys and values in what is published.
-    pub fn new(disk: Arc<dyn Disk>, published: Arc<ArcSwap<Version>>, store_bytes_max: u64) -> Room {
-        Room { disk, published, store_bytes_max, below_reserve: None, look_again_at: Instant::now() }
+    /// Room on `disk`, and for `store_bytes_max` bytes of keys and values in what is applied.
+    pub fn new(disk: Arc<dyn Disk>, publication: Arc<Publication>, store_bytes_max: u64) -> Room {
+        Room { disk, publication, store_bytes_max, below_reserve: None, look_again_at: Instant::now() }
     }
 
     /// Why there is no room now.
@@ -91,7 +91,7 @@ impl Room {
                  space; DELETE still works"
             ));
         }
-        let (bytes, max) = (self.published.load().bytes(), self.store_bytes_max);
+        let (bytes, max) = (self.publication.bytes(), self.store_bytes_max);
         (bytes >= max).then(|| {
             format!("the store holds {bytes} bytes of keys and values, and --max-store-bytes is {max}: delete some")
         })
@@ -550,9 +550,10 @@ fn take_client<N: Network>(
     started: Instant,
 ) {
     let deadline = request.deadline.saturating_duration_since(started);
-    match request.command {
-        Some(command) => replica.write(command, deadline, request.reply, host),
-        None => replica.read(deadline, request.reply, host),
+    match request.ask {
+        Ask::Write(command) => replica.write(command, deadline, request.reply, host),
+        Ask::Read => replica.read(deadline, request.reply, host),
+        Ask::StaleRead => host.apply(Apply::Reads(vec![request.reply])),
     }
 }
 

@@ -32,6 +32,7 @@ pub mod memory_disk;
 pub mod raft_log;
 pub mod store;
 pub mod snapshot;
+pub mod publication;
 pub mod watch;
 pub mod http;
 pub mod message;

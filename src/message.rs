@@ -75,10 +75,20 @@ impl ReplyTo {
     }
 }
 
-/// A write or a linearizable read on its way to the driver.
+/// What a client asks the driver for.
+pub enum Ask {
+    /// To replicate this encoded command.
+    Write(Bytes),
+    /// For a version that holds all that was committed when the request came.
+    Read,
+    /// For a version that holds all that is applied here.
+    StaleRead,
+}
+
+/// A write or a read on its way to the driver.
 pub struct ClientRequest {
-    /// The encoded command, if it is a write.
-    pub command: Option<Bytes>,
+    /// What is asked.
+    pub ask: Ask,
     /// When the client gives up.
     pub deadline: Instant,
     /// Who waits.
@@ -88,9 +98,9 @@ pub struct ClientRequest {
 impl ClientRequest {
     /// Answers that it was refused: nothing was done about it.
     pub fn refuse(self, refusal: Refusal) {
-        let reply = match self.command {
-            Some(_) => Reply::Write(WriteReply::NotApplied(refusal)),
-            None => Reply::Read(Err(refusal)),
+        let reply = match self.ask {
+            Ask::Write(_) => Reply::Write(WriteReply::NotApplied(refusal)),
+            Ask::Read | Ask::StaleRead => Reply::Read(Err(refusal)),
         };
         self.reply.send(reply);
     }
@@ -99,6 +109,9 @@ impl ClientRequest {
 /// How long a client's request is waited for past its deadline: the driver looks at deadlines once a tick, and a slow disk
 /// may hold it up.
 pub const ANSWER_GRACE: Duration = Duration::from_secs(2);
+
+/// How long a stale read waits for the applier to publish a version; then it takes the last one.
+pub const STALE_READ_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A change of the membership or of the leadership.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -217,8 +230,18 @@ pub trait Backend: Send + Sync + 'static {
     /// Waits for a confirmed read index to be applied here, and returns a version at least as new.
     fn read(&self, session: &mut Self::Session, deadline: Instant) -> Result<Arc<Version>, Refusal>;
 
-    /// This node's own newest version, asking nobody.
+    /// This node's own newest version, asking no other node. May wait a moment for the applier; when that is stuck, it
+    /// is the last version that was published.
     fn stale(&self) -> Arc<Version>;
+
+    /// The same without waiting; `None` if the applier has to be asked, by [`Ask::StaleRead`].
+    fn newest(&self) -> Option<Arc<Version>>;
+
+    /// The version that was published last, however old.
+    fn last_published(&self) -> Arc<Version>;
+
+    /// The index of the last entry that is applied here, and how many keys there are.
+    fn applied(&self) -> (u64, u64);
 
     /// What the node says of itself; waits for the driver, never for other nodes.
     fn status(&self, deadline: Instant) -> Result<Status, Refusal>;

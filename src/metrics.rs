@@ -347,7 +347,7 @@ impl Position {
             last_index: family.gauge("raftexample_last_index", "The index of the log's last entry."),
             commit_index: family
                 .gauge("raftexample_commit_index", "The highest index known to this node to be committed."),
-            applied_index: family.gauge("raftexample_applied_index", "The highest index applied and published."),
+            applied_index: family.gauge("raftexample_applied_index", "The highest index applied."),
             apply_lag: family
                 .gauge("raftexample_apply_lag_entries", "Entries known to be committed and not applied yet."),
             snapshot_index: family.gauge("raftexample_snapshot_index", "The index of the newest snapshot."),
@@ -369,7 +369,7 @@ impl Position {
         self.leader_changes.inc();
     }
 
-    /// What the applier has published.
+    /// What the applier has applied.
     pub fn set_applied(&self, index: u64) {
         self.applied_index.set(signed(index));
     }
@@ -572,7 +572,7 @@ impl StoreMetrics {
     }
 
     /// What is stored, and the size at which PUTs are refused.
-    pub fn set(&self, keys: usize, bytes: u64, bytes_max: u64) {
+    pub fn set(&self, keys: u64, bytes: u64, bytes_max: u64) {
         self.keys.set(signed(keys));
         self.bytes.set(signed(bytes));
         self.bytes_max.set(signed(bytes_max));

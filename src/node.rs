@@ -32,7 +32,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use raft::eraftpb::{Message, MessageType};
@@ -53,8 +52,8 @@ use crate::http::{self, EventLoop, Mailbox};
 use crate::measured_disk::MeasuredDisk;
 use crate::membership::{ClusterId, Membership, NodeId};
 use crate::message::{
-    ANSWER_GRACE, AdminReply, AdminRequest, Backend, ClientRequest, Refusal, Reply, ReplyTo, SnapshotInfo, Status,
-    WriteReply,
+    ANSWER_GRACE, AdminReply, AdminRequest, Ask, Backend, ClientRequest, Refusal, Reply, ReplyTo, STALE_READ_TIMEOUT,
+    SnapshotInfo, Status, WriteReply,
 };
 use crate::metrics::{Metrics, SnapshotMetrics};
 use crate::peer_network::PeerNetwork;
@@ -63,6 +62,7 @@ use crate::peer_protocol::{
 };
 use crate::peer_sender::{HelloError, say_hello};
 use crate::peer_server::{self, PeerInbox, PeerServer};
+use crate::publication::Publication;
 use crate::raft_core::{CoreOptions, RaftCore};
 use crate::raft_log::LogOptions;
 use crate::replica::{Apply, Replica};
@@ -100,7 +100,7 @@ pub struct ApplierThread {
     batches: Receiver<ToApplier>,
     snapshotter: Sender<ToSnapshotter>,
     files: SnapshotFiles,
-    published: Arc<ArcSwap<Version>>,
+    publication: Arc<Publication>,
     watchers: Arc<Watchers>,
     /// Ways into the event loops whose connections wait for answers.
     mailboxes: Vec<Arc<Mailbox<Reply>>>,
@@ -155,10 +155,18 @@ impl ApplierThread {
 
     /// Makes the new state visible, and only then tells those who wait for it.
     fn publish(&mut self, done: &mut Vec<(ReplyTo, Done)>) {
-        let before = self.published.load().applied_index();
-        let version = Arc::new(self.applier.version());
-        self.published.store(version.clone());
-        if self.watchers.any() {
+        let before = self.publication.last().applied_index();
+        let state = self.applier.state();
+        self.publication.note(state.applied_index(), state.keys() as u64, state.bytes());
+        // Asked only now: a client that begins to wait later sees what was noted.
+        let watched = self.watchers.any();
+        let read = done.iter().any(|(_, done)| matches!(done, Done::Read));
+        let version = match self.publication.last() {
+            last if last.applied_index() == state.applied_index() => last,
+            _ if watched || read || self.publication.is_wanted() => self.publication.publish(state.version()),
+            last => last,
+        };
+        if watched {
             match version.changes(b"", before, usize::MAX) {
                 Ok(changes) => self.watchers.changed(changes.changes.iter().map(|change| &*change.key)),
                 // A snapshot took the place of more than the history holds.
@@ -290,7 +298,7 @@ fn be_nice() {
 pub struct NodeBackend {
     events: Sender<Event>,
     applier: Sender<ToApplier>,
-    published: Arc<ArcSwap<Version>>,
+    publication: Arc<Publication>,
     watchers: Arc<Watchers>,
     driver_progress: Progress,
     applier_progress: Progress,
@@ -315,6 +323,17 @@ impl Session {
 }
 
 impl NodeBackend {
+    /// Waits for the applier to publish a version that is as new as it is.
+    fn ask_applier(&self) -> Arc<Version> {
+        let mut session = Session::new();
+        let deadline = Instant::now() + STALE_READ_TIMEOUT;
+        let event = Event::Client(ClientRequest { ask: Ask::StaleRead, deadline, reply: session.reply_to() });
+        match self.ask(&mut session, event, deadline) {
+            Ok(Some(Reply::Read(Ok(version)))) => version,
+            _ => self.publication.last(),
+        }
+    }
+
     /// Sends a request to the driver and waits for its answer. `None`: none came, and it will not be looked at later.
     fn ask(&self, session: &mut Session, event: Event, deadline: Instant) -> Result<Option<Reply>, Refusal> {
         self.events.try_send(event).map_err(refusal)?;
@@ -361,7 +380,7 @@ impl Backend for NodeBackend {
     }
 
     fn write(&self, session: &mut Session, command: Bytes, deadline: Instant) -> WriteReply {
-        let event = Event::Client(ClientRequest { command: Some(command), deadline, reply: session.reply_to() });
+        let event = Event::Client(ClientRequest { ask: Ask::Write(command), deadline, reply: session.reply_to() });
         match self.ask(session, event, deadline) {
             Ok(Some(Reply::Write(reply))) => reply,
             Ok(Some(_)) => unreachable!("a write is answered as a write"),
@@ -371,7 +390,7 @@ impl Backend for NodeBackend {
     }
 
     fn read(&self, session: &mut Session, deadline: Instant) -> Result<Arc<Version>, Refusal> {
-        let event = Event::Client(ClientRequest { command: None, deadline, reply: session.reply_to() });
+        let event = Event::Client(ClientRequest { ask: Ask::Read, deadline, reply: session.reply_to() });
         match self.ask(session, event, deadline)? {
             Some(Reply::Read(result)) => result,
             Some(_) => unreachable!("a read is answered as a read"),
@@ -380,7 +399,19 @@ impl Backend for NodeBackend {
     }
 
     fn stale(&self) -> Arc<Version> {
-        self.published.load_full()
+        self.newest().unwrap_or_else(|| self.ask_applier())
+    }
+
+    fn newest(&self) -> Option<Arc<Version>> {
+        self.publication.newest()
+    }
+
+    fn last_published(&self) -> Arc<Version> {
+        self.publication.last()
+    }
+
+    fn applied(&self) -> (u64, u64) {
+        (self.publication.applied_index(), self.publication.keys())
     }
 
     fn status(&self, deadline: Instant) -> Result<Status, Refusal> {
@@ -428,7 +459,7 @@ struct Gauges {
     events: Sender<Event>,
     applier: Sender<ToApplier>,
     snapshotter: Sender<ToSnapshotter>,
-    published: Arc<ArcSwap<Version>>,
+    publication: Arc<Publication>,
     watchers: Arc<Watchers>,
     disk: Arc<dyn Disk>,
     store_bytes_max: u64,
@@ -443,9 +474,8 @@ impl Gauges {
         queues.watches.set(self.watchers.count(), WATCHES_MAX);
         metrics.client_connections.set(clients.open(), clients.limit(), clients.refused());
         metrics.peer_connections.set(peers.open(), peers.limit(), peers.refused());
-        let version = self.published.load();
-        metrics.position.set_applied(version.applied_index());
-        metrics.store.set(version.keys(), version.bytes(), self.store_bytes_max);
+        metrics.position.set_applied(self.publication.applied_index());
+        metrics.store.set(self.publication.keys(), self.publication.bytes(), self.store_bytes_max);
         if let Ok(free) = self.disk.free_bytes() {
             metrics.store.set_disk_free(free, FREE_BYTES_RESERVE);
         }
@@ -653,18 +683,18 @@ impl Node {
         let files = SnapshotFiles::new(disk.clone(), identity.cluster);
         let gentle_files = SnapshotFiles::new(Arc::new(GentleDisk::new(disk.clone())), identity.cluster);
         let applier = Applier::new(state, membership);
-        let published = Arc::new(ArcSwap::from_pointee(applier.version()));
+        let publication = Arc::new(Publication::new(applier.version()));
         let watchers = Arc::new(Watchers::default());
         let (driver_progress, applier_progress) = (Progress::new(started), Progress::new(started));
 
         let event_loops = event_loops()?;
         let snapshot_failed = Arc::new(AtomicBool::new(false));
-        let room = Room::new(disk.clone(), published.clone(), config.max_store_bytes);
+        let room = Room::new(disk.clone(), publication.clone(), config.max_store_bytes);
         let gauges = Gauges {
             events: events_tx.clone(),
             applier: applier_tx.clone(),
             snapshotter: snapshotter_tx.clone(),
-            published: published.clone(),
+            publication: publication.clone(),
             watchers: watchers.clone(),
             disk,
             store_bytes_max: config.max_store_bytes,
@@ -672,7 +702,7 @@ impl Node {
         let backend = NodeBackend {
             events: events_tx.clone(),
             applier: applier_tx.clone(),
-            published: published.clone(),
+            publication: publication.clone(),
             watchers: watchers.clone(),
             driver_progress: driver_progress.clone(),
             applier_progress: applier_progress.clone(),
@@ -683,7 +713,7 @@ impl Node {
             batches,
             snapshotter: snapshotter_tx.clone(),
             files: files.clone(),
-            published,
+            publication,
             watchers: watchers.clone(),
             mailboxes: event_loops.iter().map(EventLoop::mailbox).collect(),
             metrics: metrics.clone(),

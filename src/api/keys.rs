@@ -257,26 +257,18 @@ pub(super) fn delete_command(key: &[u8], condition: Condition, idempotency_key: 
 pub(super) enum Waiting {
     /// A write; whether it may be sent again.
     Write { repeatable: bool },
-    /// A linearizable read of a key.
-    Read { key: Vec<u8>, condition: Condition },
+    /// A read of a key.
+    Read { key: Vec<u8>, condition: Condition, stale: bool },
 }
 
-/// Ends such a request. Without a reply the node did not answer in time.
-pub(super) fn answer_waiting(waiting: Waiting, reply: Option<Reply>) -> Response {
-    match (waiting, reply) {
-        (Waiting::Write { repeatable }, reply) => {
-            let reply = match reply {
-                Some(Reply::Write(reply)) => reply,
-                Some(_) => unreachable!("a write is answered as a write"),
-                None => WriteReply::Unknown("the node did not answer in time"),
-            };
-            answer_write(reply, repeatable).unwrap_or_else(|problem| answer::problem(&problem, true))
-        }
-        (Waiting::Read { key, condition }, Some(Reply::Read(Ok(version)))) => answer_read(&version, &key, &condition),
-        (Waiting::Read { .. }, Some(Reply::Read(Err(refusal)))) => answer::problem(&refusal.into(), false),
-        (Waiting::Read { .. }, Some(_)) => unreachable!("a read is answered as a read"),
-        (Waiting::Read { .. }, None) => answer::problem(&Refusal::NoLeader.into(), false),
-    }
+/// Ends such a write. Without a reply the node did not answer in time.
+pub(super) fn answer_waiting_write(repeatable: bool, reply: Option<Reply>) -> Response {
+    let reply = match reply {
+        Some(Reply::Write(reply)) => reply,
+        Some(_) => unreachable!("a write is answered as a write"),
+        None => WriteReply::Unknown("the node did not answer in time"),
+    };
+    answer_write(reply, repeatable).unwrap_or_else(|problem| answer::problem(&problem, true))
 }
 
 /// Answers a read of a key, or says what is wrong with it.

@@ -42,7 +42,7 @@ struct StatusDocument<'s> {
     /// What the leader does at present for a request to change the cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     change: Option<&'s str>,
-    keys: usize,
+    keys: u64,
     uptime_ms: u64,
     version: &'static str,
 }
@@ -114,8 +114,8 @@ const GOOD: GoodDocument = GoodDocument { status: "ok" };
 
 impl<B: Backend> Api<B> {
     pub(super) fn status(&self) -> Result<Response, Problem> {
-        // The version first: what it has applied was committed before the status is asked for.
-        let version = self.backend.stale();
+        // These first: what is applied was committed before the status is asked for.
+        let (applied_index, keys) = self.backend.applied();
         let status = self.backend.status(Instant::now() + STATUS_TIMEOUT)?;
         let document = StatusDocument {
             id: status.id,
@@ -123,13 +123,13 @@ impl<B: Backend> Api<B> {
             leader: status.leader,
             term: status.term,
             commit_index: status.commit_index,
-            applied_index: version.applied_index(),
+            applied_index,
             first_index: status.first_index,
             last_index: status.last_index,
             snapshot_index: status.snapshot_index,
             members: members_with_progress(&status),
             change: status.change.as_deref(),
-            keys: version.keys(),
+            keys,
             uptime_ms: millis(self.backend.uptime()),
             version: env!("CARGO_PKG_VERSION"),
         };

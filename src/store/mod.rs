@@ -135,6 +135,11 @@ impl StateMachine {
         self.visible.applied_index
     }
 
+    /// How many keys there are.
+    pub fn keys(&self) -> usize {
+        self.visible.keys()
+    }
+
     /// The length of all keys and values in bytes.
     pub fn bytes(&self) -> u64 {
         self.visible.bytes()

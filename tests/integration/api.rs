@@ -243,3 +243,22 @@ fn assert_cut(page: &Value, index: u64) {
     let etags: Vec<u64> = keys.iter().map(etag).collect();
     assert!(etags.iter().all(|etag| *etag <= index), "a write after index {index}: {etags:?}");
 }
+
+/// Whether or not anybody has read lately, which is what decides if a version is published for every batch.
+#[test]
+fn a_stale_read_sees_what_its_node_has_answered() {
+    let cluster = Cluster::start(1, FAST);
+    let mut client = cluster.client(1);
+    for round in 0..3 {
+        for number in 0..20 {
+            let value = format!("{round}-{number}");
+            assert_eq!(client.put("/key", value.as_bytes()).status, 204);
+            assert_eq!(client.get("/key?consistency=stale").text(), value);
+        }
+        for number in 0..20 {
+            assert_eq!(client.put(&format!("/other-{number}"), b"x").status, 204);
+        }
+        // Until nobody has read for so long that only numbers are published.
+        std::thread::sleep(raftexample::publication::DEMAND_INTERVAL);
+    }
+}

@@ -9,8 +9,8 @@ use bytes::Bytes;
 use crate::command::{Command, Condition, RequestId};
 use crate::membership::{Member, Membership};
 use crate::message::{
-    AdminReply, AdminRequest, Backend, ClientRequest, MemberProgress, Refusal, Reply, SnapshotInfo, Status, Transfer,
-    WriteReply,
+    AdminReply, AdminRequest, Ask, Backend, ClientRequest, MemberProgress, Refusal, Reply, SnapshotInfo, Status,
+    Transfer, WriteReply,
 };
 use crate::store::{Applied, StateMachine, Version};
 use crate::watch::Watchers;
@@ -29,6 +29,7 @@ struct State {
     membership: Arc<Membership>,
     writes: u64,
     reads: u64,
+    stale_reads: u64,
     write_answer: Option<WriteReply>,
     read_refusal: Option<Refusal>,
     snapshot_refusal: Option<Refusal>,
@@ -51,6 +52,7 @@ impl Fake {
             membership: Arc::new(membership),
             writes: 0,
             reads: 0,
+            stale_reads: 0,
             write_answer: None,
             read_refusal: None,
             snapshot_refusal: None,
@@ -139,10 +141,11 @@ impl Backend for Arc<Fake> {
     fn session(&self) {}
 
     fn submit(&self, requests: &mut Vec<ClientRequest>) {
-        for ClientRequest { command, deadline, reply } in requests.drain(..) {
-            reply.send(match command {
-                Some(command) => Reply::Write(self.write(&mut (), command, deadline)),
-                None => Reply::Read(self.read(&mut (), deadline)),
+        for ClientRequest { ask, deadline, reply } in requests.drain(..) {
+            reply.send(match ask {
+                Ask::Write(command) => Reply::Write(self.write(&mut (), command, deadline)),
+                Ask::Read => Reply::Read(self.read(&mut (), deadline)),
+                Ask::StaleRead => Reply::Read(Ok(self.stale())),
             });
         }
     }
@@ -178,6 +181,22 @@ impl Backend for Arc<Fake> {
 
     fn stale(&self) -> Arc<Version> {
         Arc::new(self.state().machine.version())
+    }
+
+    /// Every other time the applier has to be asked.
+    fn newest(&self) -> Option<Arc<Version>> {
+        let mut state = self.state();
+        state.stale_reads += 1;
+        (state.stale_reads % 2 == 1).then(|| Arc::new(state.machine.version()))
+    }
+
+    fn last_published(&self) -> Arc<Version> {
+        Arc::new(self.state().machine.version())
+    }
+
+    fn applied(&self) -> (u64, u64) {
+        let state = self.state();
+        (state.machine.applied_index(), state.machine.keys() as u64)
     }
 
     fn status(&self, _deadline: Instant) -> Result<Status, Refusal> {
