@@ -15,10 +15,12 @@ mod node;
 mod tests;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::http::{Admission, Begun, Body, Caller, Head, Method, Response, Service, StatusCode};
 use crate::message::{ANSWER_GRACE, Ask, Backend, ClientRequest, Refusal, Reply, ReplyTo, STALE_READ_TIMEOUT};
+use crate::metrics::{self, Metrics};
 
 use self::keys::Waiting;
 use self::problem::Problem;
@@ -55,19 +57,55 @@ impl Limits {
 pub struct Api<B: Backend> {
     backend: B,
     limits: Limits,
+    metrics: Arc<Metrics>,
+}
+
+/// State of one connection.
+#[derive(Debug)]
+pub struct Session<S> {
+    /// The backend's.
+    backend: S,
+    /// When the head of the request that is being answered was here.
+    began: Instant,
 }
 
 /// What is kept of a request that waits for its reply.
-pub struct Pending(Waiting);
+pub struct Pending {
+    waiting: Waiting,
+    method: Method,
+    began: Instant,
+}
 
 impl<B: Backend> Api<B> {
-    /// The API of the node behind `backend`.
-    pub fn new(backend: B, limits: Limits) -> Self {
-        Api { backend, limits }
+    /// The API of the node behind `backend`, which counts the requests among `metrics`.
+    pub fn new(backend: B, limits: Limits, metrics: Arc<Metrics>) -> Self {
+        Api { backend, limits, metrics }
     }
 
     fn deadline(&self) -> Instant {
         Instant::now() + self.limits.request_timeout
+    }
+
+    /// Ends a request of an event loop. Without a reply the node did not answer in time.
+    fn answer_waiting(&self, waiting: Waiting, reply: Option<Reply>) -> Response {
+        match (waiting, reply) {
+            (Waiting::Write { repeatable }, reply) => keys::answer_waiting_write(repeatable, reply),
+            (Waiting::Read { key, condition, .. }, Some(Reply::Read(Ok(version)))) => {
+                keys::answer_read(&version, &key, &condition)
+            }
+            // The applier is stuck or the node ends: what was published last is a stale read too.
+            (Waiting::Read { key, condition, stale: true }, _) => {
+                keys::answer_read(&self.backend.last_published(), &key, &condition)
+            }
+            (Waiting::Read { .. }, Some(Reply::Read(Err(refusal)))) => answer::problem(&refusal.into(), false),
+            (Waiting::Read { .. }, Some(_)) => unreachable!("a read is answered as a read"),
+            (Waiting::Read { .. }, None) => answer::problem(&Refusal::NoLeader.into(), false),
+        }
+    }
+
+    /// Counts a request that was answered; `took` is `None` if waiting was what it asked for.
+    fn count(&self, method: &Method, response: &Response, consistency: metrics::Consistency, took: Option<Duration>) {
+        self.metrics.requests.answered(Some(method), response.status_code().0, consistency, took);
     }
 
     fn dispatch(
@@ -97,6 +135,7 @@ impl<B: Backend> Api<B> {
             Request::Live => self.live(),
             Request::Ready => self.ready(session),
             Request::Describe => Ok(answer::json_text(DESCRIPTION)),
+            Request::Metrics => Ok(self.metrics()),
             Request::Members => self.members(session),
             Request::ReplaceMembers => self.replace_members(body),
             Request::AddMember { id, voter } => self.add_member(id, voter, body),
@@ -108,21 +147,27 @@ impl<B: Backend> Api<B> {
 }
 
 impl<B: Backend> Service for Api<B> {
-    type Session = B::Session;
+    type Session = Session<B::Session>;
     type Turn = Vec<ClientRequest>;
     type Pending = Pending;
     type Reply = Reply;
 
     fn session(&self, _peer: SocketAddr) -> Self::Session {
-        self.backend.session()
+        Session { backend: self.backend.session(), began: Instant::now() }
     }
 
-    fn admit(&self, _session: &mut Self::Session, head: &Head<'_>) -> Admission {
+    fn admit(&self, session: &mut Self::Session, head: &Head<'_>) -> Admission {
+        session.began = Instant::now();
         if matches!(head.method(), Method::Get | Method::Head | Method::Delete) {
             // There is no body to wait for, so what is wrong can as well be said in `answer`.
             return Admission::Buffer(0);
         }
-        let refuse = |problem: Problem| Admission::Answer(answer::problem(&problem, is_write(head.method())));
+        let refuse = |problem: Problem| {
+            let took = Some(session.began.elapsed());
+            let response = answer::problem(&problem, is_write(head.method()));
+            self.count(head.method(), &response, metrics::Consistency::None, took);
+            Admission::Answer(response)
+        };
         let body_bytes_max = match Request::parse(head, &self.limits) {
             Ok(request) => request.body_bytes_max(&self.limits),
             Err(problem) => return refuse(problem),
@@ -136,9 +181,14 @@ impl<B: Backend> Service for Api<B> {
 
     fn answer(&self, session: &mut Self::Session, head: &Head<'_>, body: Body<'_>) -> Response {
         let Body::Buffered(body) = body else { unreachable!("no request is admitted with a streamed body") };
-        Request::parse(head, &self.limits)
-            .and_then(|request| self.dispatch(session, head, request, &body))
-            .unwrap_or_else(|problem| answer::problem(&problem, is_write(head.method())))
+        let request = Request::parse(head, &self.limits);
+        let (consistency, waits) = request.as_ref().map_or((metrics::Consistency::None, false), Request::reading);
+        let response = request
+            .and_then(|request| self.dispatch(&mut session.backend, head, request, &body))
+            .unwrap_or_else(|problem| answer::problem(&problem, is_write(head.method())));
+        let took = (!waits).then(|| session.began.elapsed());
+        self.count(head.method(), &response, consistency, took);
+        response
     }
 
     fn begin(
@@ -147,6 +197,7 @@ impl<B: Backend> Service for Api<B> {
         head: &Head<'_>,
         body: &[u8],
         caller: Caller<Reply>,
+        now: Instant,
     ) -> Begun<Pending> {
         // What is wrong with a request is said in one place, on a thread.
         let Ok(request) = Request::parse(head, &self.limits) else { return Begun::ForThread };
@@ -157,7 +208,9 @@ impl<B: Backend> Service for Api<B> {
             Request::GetKey { key, query, condition } if query.after_index.is_none() => {
                 let stale = query.consistency == Consistency::Stale;
                 if stale && let Some(version) = self.backend.newest() {
-                    return Begun::Answered(keys::answer_read(&version, &key, &condition));
+                    let response = keys::answer_read(&version, &key, &condition);
+                    self.count(head.method(), &response, metrics::Consistency::Stale, Some(now.elapsed()));
+                    return Begun::Answered(response);
                 }
                 let ask = if stale { Ask::StaleRead } else { Ask::Read };
                 (Waiting::Read { key: key.into_owned(), condition, stale }, ask)
@@ -172,36 +225,35 @@ impl<B: Backend> Service for Api<B> {
             }
             _ => return Begun::ForThread,
         };
-        let deadline = match ask {
-            Ask::StaleRead => Instant::now() + STALE_READ_TIMEOUT,
-            Ask::Write(_) | Ask::Read => self.deadline(),
+        let patience = match ask {
+            Ask::StaleRead => STALE_READ_TIMEOUT,
+            Ask::Write(_) | Ask::Read => self.limits.request_timeout,
         };
+        let deadline = now + patience;
         turn.push(ClientRequest { ask, deadline, reply: ReplyTo::Loop(caller) });
-        Begun::Waits(Pending(waiting), deadline + ANSWER_GRACE)
+        let pending = Pending { waiting, method: head.method().clone(), began: now };
+        Begun::Waits(pending, deadline + ANSWER_GRACE)
     }
 
     fn submit(&self, turn: &mut Vec<ClientRequest>) {
         self.backend.submit(turn);
     }
 
-    fn finish(&self, pending: Pending, reply: Option<Reply>) -> Response {
-        match (pending.0, reply) {
-            (Waiting::Write { repeatable }, reply) => keys::answer_waiting_write(repeatable, reply),
-            (Waiting::Read { key, condition, .. }, Some(Reply::Read(Ok(version)))) => {
-                keys::answer_read(&version, &key, &condition)
-            }
-            // The applier is stuck or the node ends: what was published last is a stale read too.
-            (Waiting::Read { key, condition, stale: true }, _) => {
-                keys::answer_read(&self.backend.last_published(), &key, &condition)
-            }
-            (Waiting::Read { .. }, Some(Reply::Read(Err(refusal)))) => answer::problem(&refusal.into(), false),
-            (Waiting::Read { .. }, Some(_)) => unreachable!("a read is answered as a read"),
-            (Waiting::Read { .. }, None) => answer::problem(&Refusal::NoLeader.into(), false),
-        }
+    fn finish(&self, pending: Pending, reply: Option<Reply>, now: Instant) -> Response {
+        let Pending { waiting, method, began } = pending;
+        let consistency = match waiting {
+            Waiting::Read { stale: true, .. } => metrics::Consistency::Stale,
+            Waiting::Read { stale: false, .. } => metrics::Consistency::Linearizable,
+            Waiting::Write { .. } => metrics::Consistency::None,
+        };
+        let response = self.answer_waiting(waiting, reply);
+        self.count(&method, &response, consistency, Some(now.saturating_duration_since(began)));
+        response
     }
 
     fn fault(&self, status: StatusCode, detail: &str) -> Response {
         // The server refuses before the request gets here, whatever it was: if it was a write, it was not applied.
+        self.metrics.requests.answered(None, status.0, metrics::Consistency::None, None);
         answer::problem(&Problem::new(status.0, detail.to_owned()), true)
     }
 }

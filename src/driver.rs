@@ -24,11 +24,12 @@ use crate::message::{
     AdminReply, AdminRequest, Ask, ClientRequest, Refusal, Reply, ReplyTo, SnapshotInfo, Status, Transfer,
 };
 use crate::message_check::Offence;
+use crate::metrics::{Metrics, RaftPosition};
 use crate::peer_protocol::{Hello, HelloAnswer, HelloRefusal, PeerMessage};
 use crate::publication::Publication;
 use crate::raft_core::{APPEND_BYTES_MAX, APPENDS_IN_FLIGHT_MAX, CoreError};
 use crate::raft_log::SEGMENT_BYTES;
-use crate::replica::{Answer, Apply, Host, Replica};
+use crate::replica::{Answer, Apply, FORWARDED_MAX, Host, Note, PENDING_READS_MAX, PENDING_WRITES_MAX, Replica};
 use crate::store::{Capture, Replacement};
 
 /// Events that wait for the driver. More than there are connections (each waits for its one request), so a client
@@ -301,6 +302,63 @@ pub struct Driver<N: Network> {
     pub snapshot_asked: Option<Instant>,
     /// What was refused of peers' messages.
     pub offences: Offences,
+    /// What is counted and measured.
+    pub measures: Measures,
+}
+
+/// What the driver counts and measures, and what it has to remember for that.
+pub struct Measures {
+    metrics: Arc<Metrics>,
+    /// When the read round under way was begun.
+    read_round_began: Option<Instant>,
+    /// The last leader that was known.
+    leader: NodeId,
+}
+
+impl Measures {
+    /// Measures for a driver that starts.
+    pub fn new(metrics: Arc<Metrics>) -> Measures {
+        Measures { metrics, read_round_began: None, leader: raft::INVALID_ID }
+    }
+
+    fn note(&mut self, note: Note) {
+        match note {
+            Note::Proposed(writes) => self.metrics.proposal_batch.observe(writes as f64),
+            Note::Forwarded(writes) => self.metrics.forward_batch.observe(writes as f64),
+            Note::ReadRoundBegun => {
+                self.read_round_began = Some(Instant::now());
+                self.metrics.read_rounds.begin();
+            }
+            Note::ReadRoundConfirmed(reads) => {
+                if let Some(began) = self.read_round_began.take() {
+                    self.metrics.read_rounds.confirm(began, reads);
+                }
+            }
+            Note::ReadRoundLost => self.metrics.read_rounds.lose(),
+        }
+    }
+
+    /// Shows where the replica stands, for whoever asks before the next turn.
+    fn show<W>(&mut self, replica: &Replica<W>) {
+        let core = replica.core();
+        let has_leader = core.leader() != raft::INVALID_ID;
+        self.metrics.position.set(RaftPosition {
+            term: core.term(),
+            leads: core.is_leader(),
+            has_leader,
+            last_index: core.last_index(),
+            commit_index: core.commit_index(),
+            snapshot_index: core.snapshot_index(),
+        });
+        if has_leader && core.leader() != self.leader {
+            self.leader = core.leader();
+            self.metrics.position.leader_changed();
+        }
+        let (waiting, queues) = (replica.waiting(), &self.metrics.queues);
+        queues.proposals.set(waiting.writes, PENDING_WRITES_MAX);
+        queues.reads.set(waiting.reads, PENDING_READS_MAX);
+        queues.forwarded.set(waiting.forwarded, FORWARDED_MAX);
+    }
 }
 
 /// How many messages of each peer were refused, by cause.
@@ -328,6 +386,18 @@ pub enum DriverEnd {
     Disowned(String),
     /// It can't keep its promises any more; why, and the way out.
     Failed(String),
+}
+
+/// The surroundings of a driver's replica: a macro, because they borrow only some of the driver's fields.
+macro_rules! host {
+    ($driver:expr) => {
+        DriverHost {
+            network: &mut $driver.network,
+            offences: &mut $driver.offences,
+            measures: &mut $driver.measures,
+            batch: Vec::new(),
+        }
+    };
 }
 
 impl<N: Network> Driver<N> {
@@ -392,7 +462,7 @@ impl<N: Network> Driver<N> {
 
     /// Answers all who wait, those too who have only just asked, on this node and elsewhere.
     fn end(&mut self, removed: bool) {
-        let mut host = DriverHost { network: &mut self.network, offences: &mut self.offences, batch: Vec::new() };
+        let mut host = host!(self);
         self.replica.stop(removed, &mut host);
         self.events.try_iter().take(EVENTS_MAX).for_each(Event::refuse);
         self.network.stop(LAST_MESSAGES_TIMEOUT);
@@ -403,7 +473,7 @@ impl<N: Network> Driver<N> {
         let mut turn = Turn::default();
         self.replica.set_full(self.options.room.full(Instant::now()));
         let wait_until = if self.more { Instant::now() } else { next_tick };
-        let mut host = DriverHost { network: &mut self.network, offences: &mut self.offences, batch: Vec::new() };
+        let mut host = host!(self);
         match self.events.recv_deadline(wait_until) {
             Ok(event) => turn.take(event, &mut self.replica, &mut host, &self.options, self.started)?,
             Err(RecvTimeoutError::Timeout) => {}
@@ -422,6 +492,7 @@ impl<N: Network> Driver<N> {
         }
         self.more = self.replica.process(&mut host)?;
         let batch = host.batch;
+        self.measures.show(&self.replica);
         if !batch.is_empty() {
             // The applier is gone only when it has failed, and then the process ends with its reason.
             let _ = self.applier.send(ToApplier::Batch(batch));
@@ -541,6 +612,7 @@ fn take_client<N: Network>(
 struct DriverHost<'a, N> {
     network: &'a mut N,
     offences: &'a mut Offences,
+    measures: &'a mut Measures,
     batch: Vec<Apply<ReplyTo>>,
 }
 
@@ -566,7 +638,12 @@ impl<N: Network> Host<ReplyTo> for DriverHost<'_, N> {
         waiter.send(reply);
     }
 
+    fn note(&mut self, note: Note) {
+        self.measures.note(note);
+    }
+
     fn offended(&mut self, from: NodeId, offence: Offence) {
+        self.measures.metrics.peers.received(from).offended(&offence);
         match offence {
             // Ordinary until both sides have applied the same change of the membership.
             Offence::Removed(_) | Offence::Stranger(_) => {

@@ -40,6 +40,8 @@ pub mod message_check;
 pub mod raft_core;
 pub mod data_dir;
 pub mod peer_protocol;
+pub mod metrics;
+pub mod measured_disk;
 pub mod acquaintances;
 pub mod reconfiguration;
 pub mod administration;

@@ -187,6 +187,24 @@ pub enum Offence {
 }
 
 impl Offence {
+    /// All names that [`Offence::kind`] gives.
+    pub const KINDS: [&str; 14] = [
+        "to",
+        "from",
+        "removed",
+        "stranger",
+        "type",
+        "unknown-fields",
+        "term",
+        "malformed",
+        "second-leader",
+        "contradicts-committed",
+        "beyond-log",
+        "too-early",
+        "commit-beyond-log",
+        "lost-log",
+    ];
+
     /// A name for counting.
     pub fn kind(&self) -> &'static str {
         match self {

@@ -47,16 +47,18 @@ use crate::config::{Address, Config};
 use crate::data_dir::{self, Beginning, OpenOptions, Received, SnapshotFiles};
 use crate::disk::{Disk, OsDisk};
 use crate::driver::{
-    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, FREE_BYTES_RESERVE, Offences,
+    APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, FREE_BYTES_RESERVE, Measures, Offences,
     PEER_BYTES_MAX, Progress, Room, ToApplier, ToSnapshotter,
 };
 use crate::gentle_disk::GentleDisk;
 use crate::http::{self, EventLoop, Mailbox};
+use crate::measured_disk::MeasuredDisk;
 use crate::membership::{ClusterId, Membership, NodeId};
 use crate::message::{
     ANSWER_GRACE, AdminReply, AdminRequest, Ask, Backend, ClientRequest, Refusal, Reply, ReplyTo, STALE_READ_TIMEOUT,
     SnapshotInfo, Status, WriteReply,
 };
+use crate::metrics::Metrics;
 use crate::peer_network::PeerNetwork;
 use crate::peer_protocol::{
     Hello, HelloAnswer, HelloRefusal, LogPosition, NodeIdentity, PeerMessage, SnapshotHeader, SnapshotRefusal,
@@ -68,7 +70,7 @@ use crate::raft_core::{CoreOptions, RaftCore};
 use crate::raft_log::LogOptions;
 use crate::replica::{Apply, Replica};
 use crate::store::{Capture, Replacement, Version};
-use crate::watch::Watchers;
+use crate::watch::{WATCHES_MAX, Watchers};
 
 /// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
 pub const CAPTURES_MAX: usize = 1;
@@ -104,6 +106,7 @@ pub struct ApplierThread {
     watchers: Arc<Watchers>,
     /// Ways into the event loops whose connections wait for answers.
     mailboxes: Vec<Arc<Mailbox<Reply>>>,
+    metrics: Arc<Metrics>,
     progress: Progress,
     schedule: SnapshotSchedule,
     /// Set by the snapshotter when it has failed.
@@ -116,6 +119,7 @@ impl ApplierThread {
         loop {
             match self.batches.recv_timeout(IDLE_INTERVAL) {
                 Ok(ToApplier::Batch(batch)) => {
+                    let started = Instant::now();
                     let mut restored = None;
                     for apply in batch {
                         if let Apply::Restore { index, .. } = &apply {
@@ -124,6 +128,7 @@ impl ApplierThread {
                         self.applier.apply(apply, &mut done).map_err(|error| error.to_string())?;
                     }
                     self.publish(&mut done, restored.is_some());
+                    self.metrics.apply_duration.observe(started.elapsed().as_secs_f64());
                     if let Some(index) = restored {
                         self.restored(index);
                     }
@@ -217,6 +222,7 @@ pub struct SnapshotterThread {
     events: Sender<Event>,
     /// Tells the applier to come again.
     failed: Arc<AtomicBool>,
+    metrics: Arc<Metrics>,
 }
 
 impl SnapshotterThread {
@@ -259,6 +265,7 @@ impl SnapshotterThread {
                     info.bytes,
                     started.elapsed()
                 );
+                self.metrics.snapshots.write.done(info.bytes, started.elapsed());
                 let event = Event::SnapshotWritten { info, membership: capture.membership().clone() };
                 // Waits for the driver, who waits for nobody here.
                 let _ = self.events.send(event);
@@ -268,6 +275,7 @@ impl SnapshotterThread {
             Err(error) => {
                 log::warn!("{error}; the node goes on and tries again in {SNAPSHOT_RETRY_INTERVAL:?}");
                 self.failed.store(true, Ordering::Relaxed);
+                self.metrics.snapshots.write.failed();
                 Err(Refusal::Full(error.to_string()))
             }
         };
@@ -446,6 +454,34 @@ impl Backend for NodeBackend {
     }
 }
 
+/// What the metrics look at when somebody asks for them.
+struct Gauges {
+    events: Sender<Event>,
+    applier: Sender<ToApplier>,
+    snapshotter: Sender<ToSnapshotter>,
+    publication: Arc<Publication>,
+    watchers: Arc<Watchers>,
+    disk: Arc<dyn Disk>,
+    store_bytes_max: u64,
+}
+
+impl Gauges {
+    fn read(&self, metrics: &Metrics, clients: &http::Connections, peers: &http::Connections) {
+        let queues = &metrics.queues;
+        queues.driver.set(self.events.len(), EVENTS_MAX);
+        queues.applier.set(self.applier.len(), APPLY_BATCHES_MAX);
+        queues.snapshotter.set(self.snapshotter.len(), CAPTURES_MAX);
+        queues.watches.set(self.watchers.count(), WATCHES_MAX);
+        metrics.client_connections.set(clients.open(), clients.limit(), clients.refused());
+        metrics.peer_connections.set(peers.open(), peers.limit(), peers.refused());
+        metrics.position.set_applied(self.publication.applied_index());
+        metrics.store.set(self.publication.keys(), self.publication.bytes(), self.store_bytes_max);
+        if let Ok(free) = self.disk.free_bytes() {
+            metrics.store.set_disk_free(free, FREE_BYTES_RESERVE);
+        }
+    }
+}
+
 /// How long a joiner looks for a member that answers.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -466,6 +502,7 @@ struct Inbox {
     peer_bytes: Arc<ByteBudget>,
     /// One snapshot at a time is received: a second one would only compete for the disk.
     receiving: AtomicBool,
+    metrics: Arc<Metrics>,
 }
 
 impl PeerInbox for Inbox {
@@ -512,6 +549,7 @@ impl PeerInbox for Inbox {
 impl Inbox {
     fn receive(&self, from: NodeId, header: &SnapshotHeader, body: &mut dyn Read) -> Result<(), SnapshotRefusal> {
         log::info!("receiving the snapshot of index {} ({} bytes) from member {from}", header.index, header.bytes);
+        let started = Instant::now();
         let received = self.files.receive(header.index, header.term, &mut body.take(header.bytes));
         let Received { state, membership, info } = received.map_err(|error| {
             if error.is_fatal() {
@@ -520,12 +558,14 @@ impl Inbox {
                 return SnapshotRefusal::Stopping;
             }
             log::warn!("refused the snapshot of index {} from member {from}: {error}", header.index);
+            self.metrics.snapshots.receive.failed();
             match error.is_full() {
                 true => SnapshotRefusal::NoSpace(error.to_string()),
                 false => SnapshotRefusal::Damaged(error.to_string()),
             }
         })?;
         log::info!("received the snapshot of index {}: {} bytes", info.index, info.bytes);
+        self.metrics.snapshots.receive.done(info.bytes, started.elapsed());
         let mut message = Message { msg_type: MessageType::MsgSnapshot, from, to: self.me, ..Message::default() };
         message.term = header.leader_term;
         let metadata = message.mut_snapshot().mut_metadata();
@@ -609,7 +649,8 @@ impl Node {
         let (exits_tx, exits) = bounded(THREADS + 1);
         spawn_signals(&exits_tx)?;
         let disk = OsDisk::open(&config.data_dir).map_err(|error| NodeError(error.to_string()))?;
-        let disk: Arc<dyn Disk> = Arc::new(disk);
+        let metrics = Arc::new(Metrics::new());
+        let disk: Arc<dyn Disk> = Arc::new(MeasuredDisk::new(disk, metrics.clone()));
         let client_port = bind("--port", &config.listen)?;
         let peer_port = bind("--peer-listen", &config.peer_listen)?;
         let contacts = match config.join {
@@ -666,6 +707,15 @@ impl Node {
         let event_loops = event_loops()?;
         let snapshot_failed = Arc::new(AtomicBool::new(false));
         let room = Room::new(disk.clone(), publication.clone(), config.max_store_bytes, FREE_BYTES_RESERVE);
+        let gauges = Gauges {
+            events: events_tx.clone(),
+            applier: applier_tx.clone(),
+            snapshotter: snapshotter.clone(),
+            publication: publication.clone(),
+            watchers: watchers.clone(),
+            disk,
+            store_bytes_max: config.max_store_bytes,
+        };
         let backend = NodeBackend {
             events: events_tx.clone(),
             applier: applier_tx.clone(),
@@ -683,6 +733,7 @@ impl Node {
             publication,
             watchers: watchers.clone(),
             mailboxes: event_loops.iter().map(EventLoop::mailbox).collect(),
+            metrics: metrics.clone(),
             progress: applier_progress,
             schedule: SnapshotSchedule::new(config.snapshot_count, snapshot_index),
             snapshot_failed: snapshot_failed.clone(),
@@ -693,6 +744,7 @@ impl Node {
             files: gentle_files,
             events: events_tx.clone(),
             failed: snapshot_failed,
+            metrics: metrics.clone(),
         };
         let driver = Driver {
             replica: Replica::new(core, boot, config.election_ticks),
@@ -705,6 +757,7 @@ impl Node {
                 acquaintances,
                 contacts.map(|(_, members)| members).unwrap_or_default(),
                 events_tx.clone(),
+                metrics.clone(),
             ),
             options: DriverOptions {
                 heartbeat_interval: config.heartbeat_interval,
@@ -717,6 +770,7 @@ impl Node {
             more: false,
             snapshot_asked: None,
             offences: Offences::default(),
+            measures: Measures::new(metrics.clone()),
         };
         spawn("applier", &exits_tx, move || applier.run().map(|()| End::Done))?;
         spawn("snapshotter", &exits_tx, move || snapshotter.run().map(|()| End::Done))?;
@@ -733,10 +787,16 @@ impl Node {
                 Err(error) => Err(error.to_string()),
             }
         })?;
-        let receiving = AtomicBool::new(false);
-        let inbox = Inbox { events: events_tx.clone(), files, me: config.id, peer_bytes, receiving };
+        let inbox = Inbox {
+            events: events_tx.clone(),
+            files,
+            me: config.id,
+            peer_bytes,
+            receiving: AtomicBool::new(false),
+            metrics: metrics.clone(),
+        };
         let peer_server = peer_port
-            .serve(Arc::new(PeerServer::new(config.id, inbox)), peer_server::limits(), "peer")
+            .serve(Arc::new(PeerServer::new(config.id, inbox, metrics.clone())), peer_server::limits(), "peer")
             .map_err(|error| NodeError(format!("failed to serve the peer port: {error}")))?;
         let limits = api::Limits {
             key_bytes_max: config.max_key_bytes,
@@ -747,8 +807,10 @@ impl Node {
         let request_line_bytes = defaults.request_line_bytes.max(limits.request_line_bytes());
         let client_limits = http::Limits { request_line_bytes, ..defaults };
         let client_server = client_port
-            .serve_in_loops(Arc::new(Api::new(backend, limits)), client_limits, "http", event_loops)
+            .serve_in_loops(Arc::new(Api::new(backend, limits, metrics.clone())), client_limits, "http", event_loops)
             .map_err(|error| NodeError(format!("failed to serve the key-value port: {error}")))?;
+        let (clients, peers) = (client_server.connections(), peer_server.connections());
+        metrics.read_with(move |metrics| gauges.read(metrics, &clients, &peers));
         log::info!("serving clients at {}, peers at {}", client_server.local_addr(), peer_server.local_addr());
         let request_timeout = config.request_timeout;
         Ok(Some(Node { exits, events: events_tx, client_server, peer_server, watchers, request_timeout }))

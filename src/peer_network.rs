@@ -17,6 +17,7 @@ use crate::disk::DiskFile;
 use crate::driver::{Event, Network};
 use crate::membership::{Membership, NodeId};
 use crate::message::Transfer;
+use crate::metrics::Metrics;
 use crate::peer_protocol::{Hello, HelloAnswer, HelloRefusal, LogPosition, NodeIdentity, PeerMessage, SnapshotHeader};
 use crate::peer_sender::{PeerReport, PeerSender, SenderConfig, SnapshotSendError, send_snapshot};
 
@@ -30,6 +31,7 @@ pub struct PeerNetwork {
     files: SnapshotFiles,
     events: Sender<Event>,
     senders: BTreeMap<NodeId, (String, PeerSender)>,
+    metrics: Arc<Metrics>,
     acquaintances: Acquaintances,
     /// Whom to talk to as long as this node has no membership of its own: a joiner's first contacts.
     contacts: Membership,
@@ -63,13 +65,15 @@ impl PeerNetwork {
         acquaintances: Acquaintances,
         contacts: Membership,
         events: Sender<Event>,
+        metrics: Arc<Metrics>,
     ) -> PeerNetwork {
         let (senders, transfers) = (BTreeMap::new(), Transfers::default());
-        PeerNetwork { me, position, files, events, senders, acquaintances, contacts, transfers }
+        PeerNetwork { me, position, files, events, senders, metrics, acquaintances, contacts, transfers }
     }
 
     fn spawn_sender(&self, peer: NodeId, url: &str) -> io::Result<PeerSender> {
-        let config = SenderConfig { me: self.me.clone(), peer, url: url.to_owned(), position: self.position.clone() };
+        let (me, url, position) = (self.me.clone(), url.to_owned(), self.position.clone());
+        let config = SenderConfig { me, peer, url, position, metrics: self.metrics.peers.add(peer) };
         let events = self.events.clone();
         PeerSender::spawn(config, move |report| {
             let event = match report {
@@ -102,15 +106,21 @@ impl PeerNetwork {
         let header = SnapshotHeader { index: metadata.index, term: metadata.term, leader_term: message.term, bytes };
         let progress = Arc::new(Progress { index: metadata.index, bytes, sent: AtomicU64::new(0) });
         let hello = Hello::new(&self.me, to, &self.position);
-        let (events, transfers) = (self.events.clone(), self.transfers.clone());
+        let (events, transfers, metrics) = (self.events.clone(), self.transfers.clone(), self.metrics.clone());
         transfers.lock().insert(to, progress.clone());
         let body = move || {
             log::info!("sending the snapshot of index {} ({bytes} bytes) to member {to}", header.index);
             let started = Instant::now();
             let result = send_file(to, &url, &hello, &header, file, &progress);
             match &result {
-                Ok(()) => log::info!("sent a snapshot of {bytes} bytes to member {to} in {:?}", started.elapsed()),
-                Err(error) => log::warn!("failed to send a snapshot to member {to}: {error}; raft asks for it again"),
+                Ok(()) => {
+                    log::info!("sent a snapshot of {bytes} bytes to member {to} in {:?}", started.elapsed());
+                    metrics.snapshots.send.done(bytes, started.elapsed());
+                }
+                Err(error) => {
+                    log::warn!("failed to send a snapshot to member {to}: {error}; raft asks for it again");
+                    metrics.snapshots.send.failed();
+                }
             }
             transfers.lock().remove(&to);
             // Without this raft would never send to the follower again. The driver waits for no transfer.
@@ -226,6 +236,7 @@ impl Network for PeerNetwork {
         let membership = if membership.members.is_empty() { &self.contacts } else { membership };
         let keep = |id: &NodeId, url: &String| membership.members.get(id).is_some_and(|member| member.url == *url);
         self.senders.retain(|id, (url, _)| keep(id, url));
+        self.metrics.peers.retain(|id| self.senders.contains_key(&id));
         for (id, member) in membership.members.iter().filter(|(id, _)| **id != self.me.id) {
             if self.senders.contains_key(id) {
                 continue;

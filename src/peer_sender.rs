@@ -29,6 +29,7 @@ use log::{debug, info, warn};
 use ureq::{Agent, Body, SendBody, http};
 
 use crate::membership::NodeId;
+use crate::metrics::{DropCause, Sent};
 use crate::peer_protocol::{
     ANSWER_BYTES_MAX, FRAME_BYTES_MAX, HELLO_HEADER, HELLO_PATH, Hello, HelloAnswer, HelloRefusal, Lane, LogPosition,
     LoggedCauses, NodeIdentity, PeerMessage, SNAPSHOT_HEADER, SNAPSHOT_PATH, STREAM_PATH, SnapshotHeader,
@@ -103,6 +104,8 @@ pub struct SenderConfig {
     pub url: String,
     /// Where this node's log ends, for the hello.
     pub position: Arc<LogPosition>,
+    /// Counts what becomes of the messages.
+    pub metrics: Arc<Sent>,
 }
 
 /// What a lane tells the driver.
@@ -145,6 +148,16 @@ pub enum Dropped {
     TooLarge,
     /// The lane's thread has ended, which only a panic explains.
     Gone,
+}
+
+impl Dropped {
+    fn cause(self) -> DropCause {
+        match self {
+            Dropped::Full => DropCause::QueueFull,
+            Dropped::TooLarge => DropCause::TooLarge,
+            Dropped::Gone => DropCause::Ended,
+        }
+    }
 }
 
 type Reports = Arc<dyn Fn(PeerReport) + Send + Sync>;
@@ -200,6 +213,8 @@ struct LaneQueue {
     queue: Sender<Queued>,
     bytes: Arc<AtomicUsize>,
     bytes_max: usize,
+    lane: Lane,
+    metrics: Arc<Sent>,
     _stop: Sender<Infallible>,
     ended: Receiver<Infallible>,
     agent: Agent,
@@ -214,6 +229,10 @@ struct Queued {
 impl LaneQueue {
     fn send(&self, message: PeerMessage) -> Result<(), Dropped> {
         let bytes = message.frame_bytes();
+        self.enqueue(message, bytes).inspect_err(|dropped| self.metrics.dropped(1, dropped.cause()))
+    }
+
+    fn enqueue(&self, message: PeerMessage, bytes: usize) -> Result<(), Dropped> {
         if bytes > self.bytes_max || !message.is_within_limits() {
             return Err(Dropped::TooLarge);
         }
@@ -222,8 +241,10 @@ impl LaneQueue {
             return Err(Dropped::Full);
         }
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.metrics.lane(self.lane).queued(bytes);
         self.queue.try_send(Queued { message, bytes, at: Instant::now() }).map_err(|e| {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+            self.metrics.lane(self.lane).taken(bytes);
             match e {
                 TrySendError::Full(_) => Dropped::Full,
                 TrySendError::Disconnected(_) => Dropped::Gone,
@@ -287,7 +308,14 @@ impl LaneThread {
             lane,
             stream_url: format!("{}{STREAM_PATH}{}", config.url, lane.name()),
             agent: agent.clone(),
-            queue: LaneEnd { queue: queue_rx, bytes: Arc::clone(&bytes), held: None, disconnected: false },
+            queue: LaneEnd {
+                queue: queue_rx,
+                bytes: Arc::clone(&bytes),
+                lane,
+                metrics: Arc::clone(&config.metrics),
+                held: None,
+                disconnected: false,
+            },
             stop: stop_rx,
             reports,
             causes: LoggedCauses::default(),
@@ -295,15 +323,19 @@ impl LaneThread {
             _ended: ended_tx,
             config,
         };
+        let metrics = Arc::clone(&thread.config.metrics);
+        metrics.lane(lane).set_limits(messages_max, bytes_max);
         let name = format!("peer-{}-{}", thread.config.peer, lane.name());
         thread::Builder::new().name(name).spawn(|| thread.run())?;
-        Ok(LaneQueue { queue: queue_tx, bytes, bytes_max, _stop: stop_tx, ended: ended_rx, agent })
+        Ok(LaneQueue { queue: queue_tx, bytes, bytes_max, lane, metrics, _stop: stop_tx, ended: ended_rx, agent })
     }
 
     /// Connects, talks, and starts over until the driver drops its end.
     fn run(mut self) {
         loop {
-            let Err(failure) = self.converse() else { return };
+            let result = self.converse();
+            self.config.metrics.lane(self.lane).set_connected(false);
+            let Err(failure) = result else { return };
             if self.is_stopped() {
                 return;
             }
@@ -331,6 +363,7 @@ impl LaneThread {
         let SenderConfig { peer, url, .. } = &*self.config;
         debug!("connected to node {peer} at {url} ({} lane, boot {:x})", self.lane.name(), answer.boot);
         (self.reports)(PeerReport::Connected { peer: self.config.peer, lane: self.lane, answer });
+        self.config.metrics.lane(self.lane).set_connected(true);
         self.queue.discard_stale();
         while !self.queue.disconnected {
             self.stream(protocol)?;
@@ -357,14 +390,23 @@ impl LaneThread {
             until: Instant::now() + STREAM_LIFETIME,
             frames: Vec::with_capacity(write_bytes(self.lane)),
             sent: 0,
+            messages: 0,
+            ended: None,
         };
-        let mut response = self
+        let result = self
             .agent
             .post(&self.stream_url)
             .header(HELLO_HEADER, hello.to_json())
-            .send(SendBody::from_reader(&mut body))
-            .map_err(|e| Failure::Broken(e.to_string()))?;
+            .send(SendBody::from_reader(&mut body));
+        // What was taken before may be lost as well: only an answer would tell.
+        self.config.metrics.dropped(body.messages, DropCause::Broken);
+        let ended = body.ended;
+        let mut response = result.map_err(|e| Failure::Broken(e.to_string()))?;
         if response.status() == http::StatusCode::NO_CONTENT {
+            // On the other lane megabytes may be before the end.
+            if let (Lane::Fast, Some(ended)) = (self.lane, ended) {
+                self.config.metrics.round_trip(ended.elapsed());
+            }
             return Ok(());
         }
         Err(refusal(&mut response).into())
@@ -387,6 +429,8 @@ impl LaneThread {
 struct LaneEnd {
     queue: Receiver<Queued>,
     bytes: Arc<AtomicUsize>,
+    lane: Lane,
+    metrics: Arc<Sent>,
     /// Taken from the queue and found to be young enough to stay.
     held: Option<Queued>,
     /// The driver has dropped its end, and everything it sent is taken.
@@ -415,6 +459,7 @@ impl LaneEnd {
 
     fn taken(&self, queued: Queued) -> Queued {
         self.bytes.fetch_sub(queued.bytes, Ordering::Relaxed);
+        self.metrics.lane(self.lane).taken(queued.bytes);
         queued
     }
 
@@ -427,6 +472,7 @@ impl LaneEnd {
                 return;
             }
             self.taken(queued);
+            self.metrics.dropped(1, DropCause::Stale);
         }
     }
 }
@@ -437,14 +483,21 @@ struct LaneBody<'a> {
     until: Instant,
     frames: Vec<u8>,
     sent: usize,
+    /// The messages in `frames`.
+    messages: u64,
+    /// When the end was reached.
+    ended: Option<Instant>,
 }
 
 impl LaneBody<'_> {
     /// Encodes what is waiting, or waits. Nothing encoded means the end.
     fn refill(&mut self, wanted_bytes: usize) {
+        if self.messages > 0 {
+            self.queue.metrics.sent(self.messages, self.frames.len() as u64);
+        }
         self.frames.clear();
         self.frames.shrink_to(2 * wanted_bytes);
-        self.sent = 0;
+        (self.sent, self.messages) = (0, 0);
         // Before the wait: under load it would never come to its deadline.
         if Instant::now() >= self.until {
             return;
@@ -452,6 +505,7 @@ impl LaneBody<'_> {
         let mut next = self.queue.wait(self.until);
         while let Some(queued) = next {
             queued.message.encode(&mut self.frames);
+            self.messages += 1;
             next = if self.frames.len() < wanted_bytes { self.queue.try_take() } else { None };
         }
     }
@@ -461,6 +515,9 @@ impl Read for LaneBody<'_> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if self.sent == self.frames.len() {
             self.refill(out.len());
+            if self.frames.is_empty() {
+                self.ended = Some(Instant::now());
+            }
         }
         let n = out.len().min(self.frames.len() - self.sent);
         out[..n].copy_from_slice(&self.frames[self.sent..self.sent + n]);
@@ -665,6 +722,7 @@ mod tests {
     use raft::eraftpb::Message;
 
     use crate::membership::ClusterId;
+    use crate::metrics::Metrics;
 
     fn identity() -> NodeIdentity {
         let url = "http://127.0.0.1:1".to_owned();
@@ -730,6 +788,11 @@ mod tests {
         assert_eq!(answered(answer("421 Misdirected Request", &refusal.to_json())), Err(HelloError::Refused(refusal)));
     }
 
+    fn lane_end(queue: Receiver<Queued>, bytes: Arc<AtomicUsize>, metrics: &Metrics) -> LaneEnd {
+        let metrics = metrics.peers.add(2);
+        LaneEnd { queue, bytes, lane: Lane::Fast, metrics, held: None, disconnected: false }
+    }
+
     fn queued(index: u64, at: Instant) -> Queued {
         let message = PeerMessage::Raft(Message { index, ..Message::default() });
         Queued { bytes: message.frame_bytes(), message, at }
@@ -747,7 +810,8 @@ mod tests {
         }
         drop(queue_tx);
         let bytes = Arc::new(AtomicUsize::new(total));
-        let mut end = LaneEnd { queue, bytes: Arc::clone(&bytes), held: None, disconnected: false };
+        let metrics = Metrics::new();
+        let mut end = lane_end(queue, Arc::clone(&bytes), &metrics);
         end.discard_stale();
         end.discard_stale();
         let later = now + Duration::from_secs(60);
@@ -761,23 +825,28 @@ mod tests {
         assert!(end.wait(later).is_none());
         assert!(end.disconnected);
         assert_eq!(bytes.load(Ordering::Relaxed), 0, "all bytes are accounted for");
+        assert_eq!(metrics.total("raftexample_peer_messages_dropped_total"), 2.0);
     }
 
     #[test]
     fn a_stream_gathers_what_waits_and_ends_in_time() {
         let (queue_tx, queue) = bounded(100);
-        let mut end = LaneEnd { queue, bytes: Arc::default(), held: None, disconnected: false };
+        let metrics = Metrics::new();
+        let mut end = lane_end(queue, Arc::default(), &metrics);
         end.bytes.store(1 << 20, Ordering::Relaxed);
         let frame_bytes = queued(300, Instant::now()).bytes;
         for index in 0..10 {
             queue_tx.send(queued(300 + index, Instant::now())).ok().unwrap();
         }
         let until = Instant::now() + Duration::from_millis(50);
-        let mut body = LaneBody { queue: &mut end, until, frames: Vec::new(), sent: 0 };
+        let mut body = LaneBody { queue: &mut end, until, frames: Vec::new(), sent: 0, messages: 0, ended: None };
         let mut out = vec![0; 100 * frame_bytes];
         assert_eq!(body.read(&mut out).unwrap(), 10 * frame_bytes);
         assert_eq!(body.read(&mut out).unwrap(), 0, "nothing came until the end");
         assert!(Instant::now() >= until);
+        assert!(body.ended.is_some() && body.messages == 0, "all of it was taken");
+        assert_eq!(metrics.total("raftexample_peer_messages_sent_total"), 10.0);
+        assert_eq!(metrics.total("raftexample_peer_sent_bytes_total"), (10 * frame_bytes) as f64);
         queue_tx.send(queued(1, Instant::now())).ok().unwrap();
         assert_eq!(body.read(&mut out).unwrap(), 0, "a busy stream ends as well");
         assert!(!end.disconnected);

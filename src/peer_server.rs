@@ -10,9 +10,8 @@ use std::convert::Infallible;
 use std::fmt;
 use std::io::Read;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
@@ -20,6 +19,7 @@ use crate::http::{
     Admission, Begun, Body, Caller, Head, Header, Limits, Method, Response, Service, StatusCode, respond,
 };
 use crate::membership::NodeId;
+use crate::metrics::{Metrics, Received};
 use crate::peer_protocol::{
     FrameError, FrameReader, HELLO_BYTES_MAX, HELLO_HEADER, HELLO_PATH, Hello, HelloAnswer, HelloRefusal, Lane,
     LoggedCauses, PeerMessage, SNAPSHOT_HEADER, SNAPSHOT_PATH, STREAM_PATH, SnapshotHeader, SnapshotRefusal,
@@ -89,42 +89,11 @@ pub trait PeerInbox: Send + Sync + 'static {
     ) -> Result<(), SnapshotRefusal>;
 }
 
-/// What has come in, counted since the start.
-#[derive(Debug, Default)]
-pub struct PeerCounters {
-    messages: AtomicU64,
-    skipped: AtomicU64,
-    refused: AtomicU64,
-    broken_streams: AtomicU64,
-}
-
-impl PeerCounters {
-    /// Messages delivered.
-    pub fn messages(&self) -> u64 {
-        self.messages.load(Ordering::Relaxed)
-    }
-
-    /// Frames of kinds that a newer node sends and this one may skip.
-    pub fn skipped(&self) -> u64 {
-        self.skipped.load(Ordering::Relaxed)
-    }
-
-    /// Hellos, streams and snapshots refused.
-    pub fn refused(&self) -> u64 {
-        self.refused.load(Ordering::Relaxed)
-    }
-
-    /// Streams ended for what was in them; not those that the network broke.
-    pub fn broken_streams(&self) -> u64 {
-        self.broken_streams.load(Ordering::Relaxed)
-    }
-}
-
 /// The [`Service`] of the peer port.
 pub struct PeerServer<I> {
     me: NodeId,
     inbox: I,
-    counters: PeerCounters,
+    metrics: Arc<Metrics>,
     causes: Mutex<BTreeMap<Topic, LoggedCauses>>,
 }
 
@@ -158,13 +127,8 @@ enum StreamEnd {
 
 impl<I: PeerInbox> PeerServer<I> {
     /// Serves node `me`.
-    pub fn new(me: NodeId, inbox: I) -> Self {
-        PeerServer { me, inbox, counters: PeerCounters::default(), causes: Mutex::default() }
-    }
-
-    /// What has come in.
-    pub fn counters(&self) -> &PeerCounters {
-        &self.counters
+    pub fn new(me: NodeId, inbox: I, metrics: Arc<Metrics>) -> Self {
+        PeerServer { me, inbox, metrics, causes: Mutex::default() }
     }
 
     /// Routes a request and hears its hello, if that is in the head.
@@ -209,7 +173,7 @@ impl<I: PeerInbox> PeerServer<I> {
     }
 
     fn refused(&self, topic: Topic, refusal: &HelloRefusal) {
-        self.counters.refused.fetch_add(1, Ordering::Relaxed);
+        self.metrics.peers.received(topic.0).hello_refused();
         let ((from, url, _), status) = (&topic, refusal.status());
         let words = format!("refused node {from} at '{url}' with status {status}: {refusal}");
         // By status: the words of a malformed hello are the sender's choice.
@@ -247,8 +211,9 @@ impl<I: PeerInbox> PeerServer<I> {
     /// Delivers a stream to its end.
     fn answer_stream(&self, hello: &Hello, lane: Lane, body: &mut dyn Read) -> Response {
         let mut frames = FrameReader::new(body);
-        let end = self.receive(hello.from, &mut frames);
-        self.counters.skipped.fetch_add(frames.skipped(), Ordering::Relaxed);
+        let received = self.metrics.peers.received(hello.from);
+        let end = self.receive(hello.from, &mut frames, &received);
+        received.skipped(frames.skipped());
         let cause = match end {
             Ok(()) => {
                 self.succeeded(topic(hello, lane.name()));
@@ -260,17 +225,27 @@ impl<I: PeerInbox> PeerServer<I> {
                 // Seen by a sender only if it is this node that stops.
                 return refuse(&HelloRefusal::NotReady("it ended the stream".into()));
             }
-            Err(StreamEnd::Broken(e)) => e.to_string(),
-            Err(StreamEnd::Misrouted(cause)) => cause,
+            Err(StreamEnd::Broken(e)) => {
+                received.malformed();
+                e.to_string()
+            }
+            Err(StreamEnd::Misrouted(cause)) => {
+                received.misrouted();
+                cause
+            }
         };
-        self.counters.broken_streams.fetch_add(1, Ordering::Relaxed);
         if self.is_news(topic(hello, lane.name()), &cause) {
             warn!("ended the stream of node {} at '{}': {cause}", hello.from, hello.url);
         }
         refuse(&HelloRefusal::Malformed(cause))
     }
 
-    fn receive(&self, from: NodeId, frames: &mut FrameReader<&mut dyn Read>) -> Result<(), StreamEnd> {
+    fn receive(
+        &self,
+        from: NodeId,
+        frames: &mut FrameReader<&mut dyn Read>,
+        received: &Received,
+    ) -> Result<(), StreamEnd> {
         loop {
             let mut messages = Vec::new();
             let read = frames.next_batch(&mut messages);
@@ -279,7 +254,7 @@ impl<I: PeerInbox> PeerServer<I> {
             if !messages.is_empty() {
                 let count = messages.len() as u64;
                 self.inbox.deliver(from, messages).map_err(|Stopped| StreamEnd::Stopped)?;
-                self.counters.messages.fetch_add(count, Ordering::Relaxed);
+                received.received(count);
             }
             if let Some(PeerMessage::Raft(message)) = misrouted {
                 let (from, to) = (message.from, message.to);
@@ -307,7 +282,7 @@ impl<I: PeerInbox> PeerServer<I> {
     }
 
     fn refuse_snapshot(&self, hello: &Hello, header: &SnapshotHeader, refusal: &SnapshotRefusal) -> Response {
-        self.counters.refused.fetch_add(1, Ordering::Relaxed);
+        self.metrics.peers.received(hello.from).snapshot_refused();
         if self.is_news(topic(hello, "snapshot"), &refusal.to_string()) {
             warn!("refused the snapshot of node {} at index {}: {refusal}", hello.from, header.index);
         }
@@ -341,13 +316,13 @@ impl<I: PeerInbox> Service for PeerServer<I> {
     }
 
     /// Not asked: all that peers send takes long.
-    fn begin(&self, (): &mut (), _: &Head<'_>, _: &[u8], _: Caller<Infallible>) -> Begun<Infallible> {
+    fn begin(&self, (): &mut (), _: &Head<'_>, _: &[u8], _: Caller<Infallible>, _: Instant) -> Begun<Infallible> {
         Begun::ForThread
     }
 
     fn submit(&self, (): &mut ()) {}
 
-    fn finish(&self, pending: Infallible, _: Option<Infallible>) -> Response {
+    fn finish(&self, pending: Infallible, _: Option<Infallible>, _: Instant) -> Response {
         match pending {}
     }
 
@@ -389,8 +364,7 @@ mod tests {
     use std::io::{self, Write};
     use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
     use std::process::Command;
-    use std::sync::Arc;
-    use std::time::Instant;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     use bytes::Bytes;
     use crossbeam_channel::{Receiver, Sender, bounded};
@@ -478,7 +452,7 @@ mod tests {
             let me = identity(2, format!("http://{}", listener.local_addr()));
             let refusal = Mutex::new(None);
             let inbox = Arc::new(Inbox { me, refusal, delivered: delivered_tx, gate, snapshots: snapshots_tx });
-            let server = Arc::new(PeerServer::new(2, Arc::clone(&inbox)));
+            let server = Arc::new(PeerServer::new(2, Arc::clone(&inbox), Arc::new(Metrics::new())));
             let handle = listener.serve(Arc::clone(&server), limits(), "peer").unwrap();
             Server { handle, server, inbox, delivered: delivered_rx, snapshots: snapshots_rx }
         }
@@ -489,6 +463,15 @@ mod tests {
 
         fn url(&self) -> String {
             self.inbox.me.url.clone()
+        }
+
+        /// Hellos and snapshots.
+        fn requests_refused(&self) -> u64 {
+            self.server.metrics.total("raftexample_peer_requests_refused_total") as u64
+        }
+
+        fn messages_refused(&self) -> u64 {
+            self.server.metrics.total("raftexample_peer_messages_refused_total") as u64
         }
 
         fn next(&self) -> PeerMessage {
@@ -503,7 +486,8 @@ mod tests {
     fn sender(url: String) -> (PeerSender, Receiver<PeerReport>) {
         let (reports_tx, reports_rx) = bounded(10_000);
         let me = identity(1, "http://127.0.0.1:1".into());
-        let config = SenderConfig { me, peer: 2, url, position: Arc::default() };
+        let metrics = Metrics::new().peers.add(2);
+        let config = SenderConfig { me, peer: 2, url, position: Arc::default(), metrics };
         let sender = PeerSender::spawn(config, move |report| drop(reports_tx.try_send(report))).unwrap();
         (sender, reports_rx)
     }
@@ -570,7 +554,7 @@ mod tests {
         }
         PeerSender::stop([sender], DEADLINE);
         wait_until(|| server.delivered.len() as u64 == 2 * sent - heard - appended);
-        assert_eq!((server.server.counters().refused(), server.server.counters().broken_streams()), (0, 0));
+        assert_eq!((server.requests_refused(), server.messages_refused()), (0, 0));
     }
 
     #[test]
@@ -653,7 +637,7 @@ mod tests {
             let cause = refusal.status().to_string();
             assert!(!server.server.is_news(topic(&hello(2), "hello"), &cause), "{refusal:?} was logged");
         }
-        assert!(server.server.counters().refused() >= 12);
+        assert!(server.requests_refused() >= 12);
         *server.inbox.refusal.lock().unwrap() = None;
         let answer = say_hello(&server.url(), &hello(0)).unwrap();
         assert_eq!((answer.id, answer.directory, answer.members), (2, 2, Some(vec![1, 2])));
@@ -693,7 +677,7 @@ mod tests {
             &reports,
             |report| matches!(report, PeerReport::Refused { refusal: HelloRefusal::Malformed(text), .. } if text.contains("node 3")),
         );
-        assert_eq!(server.server.counters().broken_streams(), 1);
+        assert_eq!(server.messages_refused(), 1);
         send_surely(&sender, &heartbeat(4));
         assert_eq!(server.next(), heartbeat(4));
     }
@@ -772,7 +756,7 @@ mod tests {
         let header = SnapshotHeader { index: 9, term: 2, leader_term: 3, bytes: 1 << 20 };
         let broken = send_snapshot(&server.url(), &hello(2), &header, Broken(3), &|_| ()).unwrap_err();
         assert!(matches!(broken, SnapshotSendError::Source(ref e) if e.to_string() == "bad sector"), "{broken}");
-        wait_until(|| server.server.counters().refused() == 1);
+        wait_until(|| server.requests_refused() == 1);
         assert!(server.snapshots.is_empty());
     }
 

@@ -131,6 +131,32 @@ pub enum Answer {
     Admin(AdminReply),
 }
 
+/// Something that is worth counting, or measuring by a host that has a clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// So many writes were proposed at once, by this leader.
+    Proposed(usize),
+    /// So many writes were forwarded to the leader at once.
+    Forwarded(usize),
+    /// A read round was begun.
+    ReadRoundBegun,
+    /// The read round under way was confirmed for so many reads.
+    ReadRoundConfirmed(usize),
+    /// The read round under way was given up.
+    ReadRoundLost,
+}
+
+/// What waits in a replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// Writes of this node's clients, at most [`PENDING_WRITES_MAX`].
+    pub writes: usize,
+    /// Reads of this node's clients, at most [`PENDING_READS_MAX`].
+    pub reads: usize,
+    /// Writes that other nodes have forwarded, at most [`FORWARDED_MAX`].
+    pub forwarded: usize,
+}
+
 /// Whatever surrounds a [`Replica`].
 pub trait Host<W> {
     /// Queues a message for a peer. False if it was surely not sent.
@@ -144,6 +170,8 @@ pub trait Host<W> {
     fn answer(&mut self, waiter: W, answer: Answer);
     /// A peer's message was refused.
     fn offended(&mut self, from: NodeId, offence: Offence);
+    /// Something happened that only a host with metrics takes note of.
+    fn note(&mut self, _note: Note) {}
 }
 
 /// What a replica tells its administration: a macro, because it borrows only some of the replica's fields.
@@ -283,10 +311,17 @@ impl<W> Replica<W> {
         self.expire(host);
         self.retry();
         if self.reads.under_way.is_some_and(|issued| self.ticks - issued >= READ_ROUND_TICKS) {
-            self.reads.under_way = None;
+            self.give_up_read_round(host);
         }
         let around = surroundings!(self);
         self.administration.tick(&mut self.core, &around, host);
+    }
+
+    /// Another round may begin, under a new context.
+    fn give_up_read_round(&mut self, host: &mut impl Host<W>) {
+        if self.reads.under_way.take().is_some() {
+            host.note(Note::ReadRoundLost);
+        }
     }
 
     /// Answers whoever has waited too long.
@@ -364,8 +399,7 @@ impl<W> Replica<W> {
             host.answer(waiter, Answer::Read(Refusal::Stopping));
             return;
         }
-        let confirmed: usize = self.reads.confirmed.iter().map(|(_, waiters)| waiters.len()).sum();
-        if self.reads.waiting.len() + confirmed >= PENDING_READS_MAX {
+        if self.waiting().reads >= PENDING_READS_MAX {
             host.answer(waiter, Answer::Read(Refusal::Overloaded("too many reads are waiting on this node")));
             return;
         }
@@ -570,6 +604,16 @@ impl<W> Replica<W> {
         self.administration.stop(&self.core, removed, host);
     }
 
+    /// How much waits here.
+    pub fn waiting(&self) -> Waiting {
+        let confirmed: usize = self.reads.confirmed.iter().map(|(_, waiters)| waiters.len()).sum();
+        Waiting {
+            writes: self.writes.pending.len(),
+            reads: self.reads.waiting.len() + confirmed,
+            forwarded: self.forwarded.len(),
+        }
+    }
+
     /// Whether a request waits on this node.
     pub fn is_idle(&self) -> bool {
         let reads = &self.reads;
@@ -588,9 +632,9 @@ impl<W> Replica<W> {
         let mut bytes = 0;
         for _ in 0..ROUNDS_MAX {
             let before = self.core.handed_out();
-            self.follow();
+            self.follow(host);
             self.hand_over_writes(host);
-            self.ask_read_index();
+            self.ask_read_index(host);
             let around = surroundings!(self);
             self.administration.process(&mut self.core, &around, host);
             bytes += self.process_ready(host)?;
@@ -616,13 +660,13 @@ impl<W> Replica<W> {
     }
 
     /// Notices another leader or term: what waits is handed over again.
-    fn follow(&mut self) {
+    fn follow(&mut self, host: &mut impl Host<W>) {
         let now_followed = (self.core.leader(), self.core.term());
         if self.followed == now_followed {
             return;
         }
         self.followed = now_followed;
-        self.reads.under_way = None;
+        self.give_up_read_round(host);
         for (&sequence, write) in &mut self.writes.pending {
             if write.state != WriteState::Next {
                 write.state = WriteState::Next;
@@ -635,7 +679,7 @@ impl<W> Replica<W> {
     fn hand_over_writes(&mut self, host: &mut impl Host<W>) {
         if self.core.is_leader() {
             self.propose_forwarded(host);
-            self.propose_own();
+            self.propose_own(host);
         } else {
             let reason = self.refusal();
             refuse(std::mem::take(&mut self.forwarded), reason, host);
@@ -651,7 +695,9 @@ impl<W> Replica<W> {
             while let Some(next) = forwarded.next_if(|(_, write)| fits(&mut bytes, write.data.len())) {
                 batch.push(next);
             }
-            if !self.core.propose(batch.iter().map(|(_, write)| (write.id, write.data.clone())).collect()) {
+            if self.core.propose(batch.iter().map(|(_, write)| (write.id, write.data.clone())).collect()) {
+                host.note(Note::Proposed(batch.len()));
+            } else {
                 refuse(batch, ForwardRefusal::Dropped, host);
             }
         }
@@ -689,11 +735,14 @@ impl<W> Replica<W> {
         }
     }
 
-    fn propose_own(&mut self) {
+    fn propose_own(&mut self, host: &mut impl Host<W>) {
         while !self.writes.next.is_empty() {
             let batch = self.next_batch();
             let sequences: Vec<u64> = batch.iter().map(|(id, _)| id.sequence).collect();
             let proposed = self.core.propose(batch);
+            if proposed {
+                host.note(Note::Proposed(sequences.len()));
+            }
             self.mark(&sequences, proposed.then_some(WriteState::Proposed));
         }
     }
@@ -708,6 +757,9 @@ impl<W> Replica<W> {
             let sequences: Vec<u64> = batch.iter().map(|(id, _)| id.sequence).collect();
             let writes = batch.into_iter().map(|(id, data)| ForwardedWrite { id, data }).collect();
             let sent = host.send(leader, PeerMessage::Forward(writes));
+            if sent {
+                host.note(Note::Forwarded(sequences.len()));
+            }
             self.mark(&sequences, sent.then_some(WriteState::Forwarded));
         }
     }
@@ -717,7 +769,7 @@ impl<W> Replica<W> {
         self.reads.under_way.is_none() && newest.is_some() && self.core.can_read_index()
     }
 
-    fn ask_read_index(&mut self) {
+    fn ask_read_index(&mut self, host: &mut impl Host<W>) {
         if !self.wants_read_index() {
             return;
         }
@@ -725,6 +777,7 @@ impl<W> Replica<W> {
         self.reads.under_way = Some(self.ticks);
         let context = ReadContext { node: self.core.id(), boot: self.boot, round: self.reads.issued };
         self.core.read_index(context.encode());
+        host.note(Note::ReadRoundBegun);
     }
 
     /// Returns the bytes of entries that were handed out.
@@ -904,8 +957,8 @@ impl<W, H: Host<W>> Output for ReplicaOutput<'_, W, H> {
         let served = self.reads.waiting.partition_point(|(needed, _, _)| *needed <= round);
         let waiters: Vec<_> =
             self.reads.waiting.drain(..served).map(|(_, deadline, waiter)| (deadline, waiter)).collect();
-        if round == self.reads.issued {
-            self.reads.under_way = None;
+        if round == self.reads.issued && self.reads.under_way.take().is_some() {
+            self.host.note(Note::ReadRoundConfirmed(waiters.len()));
         }
         if !waiters.is_empty() {
             self.reads.confirmed.push((index, waiters));

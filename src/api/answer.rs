@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::http::{Header, Payload, Response, respond};
+use crate::metrics;
 use crate::store::Item;
 
 use super::problem::Problem;
@@ -57,6 +58,11 @@ pub(super) fn json(document: &impl Serialize, index: Option<u64>) -> Response {
 /// 200 with a JSON document that never changes.
 pub(super) fn json_text(text: &'static str) -> Response {
     json_payload(text)
+}
+
+/// 200 with the node's metrics.
+pub(super) fn metrics(text: String) -> Response {
+    respond(200, text).with_header(header("Content-Type", metrics::CONTENT_TYPE)).with_header(revalidate())
 }
 
 fn json_payload(payload: impl Into<Payload>) -> Response {

@@ -148,6 +148,11 @@ impl<B: Backend> Api<B> {
         Ok(answer::json(&GOOD, Some(version.applied_index())))
     }
 
+    /// Asks nobody: what the other threads have to say they have counted, or left where it can be seen.
+    pub(super) fn metrics(&self) -> Response {
+        answer::metrics(self.metrics.text())
+    }
+
     pub(super) fn members(&self, session: &mut B::Session) -> Result<Response, Problem> {
         let deadline = self.deadline();
         // The driver has applied the membership of whatever this confirms.

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use crate::command::Condition;
 use crate::http::{Head, Method};
 use crate::membership::NodeId;
+use crate::metrics::Consistency;
 
 use super::Limits;
 use super::precondition::{parse_condition, parse_idempotency_key};
@@ -54,6 +55,8 @@ pub(super) enum Request<'h> {
     Ready,
     /// `GET /_/openapi.json`.
     Describe,
+    /// `GET /_/metrics`.
+    Metrics,
     /// `GET /_/members`.
     Members,
     /// `PUT /_/members`.
@@ -116,6 +119,7 @@ impl<'h> Request<'h> {
             b"livez" => without_parameters(method, query, REPORT_METHODS, read.then_some(Request::Live)),
             b"readyz" => without_parameters(method, query, REPORT_METHODS, read.then_some(Request::Ready)),
             b"openapi.json" => without_parameters(method, query, REPORT_METHODS, read.then_some(Request::Describe)),
+            b"metrics" => without_parameters(method, query, REPORT_METHODS, read.then_some(Request::Metrics)),
             b"members" => {
                 let replace = put.then_some(Request::ReplaceMembers);
                 without_parameters(method, query, MEMBERS_METHODS, replace.or(read.then_some(Request::Members)))
@@ -140,6 +144,21 @@ impl<'h> Request<'h> {
         }
         let remove = (*method == Method::Delete).then_some(Request::RemoveMember { id });
         without_parameters(method, query, MEMBER_METHODS, remove)
+    }
+
+    /// How fresh a state it sees, and whether it waits for a change of that.
+    pub(super) fn reading(&self) -> (Consistency, bool) {
+        match self {
+            Request::GetKey { query, .. } | Request::ListKeys { query } => {
+                let consistency = match query.consistency {
+                    target::Consistency::Linearizable => Consistency::Linearizable,
+                    target::Consistency::Stale => Consistency::Stale,
+                };
+                (consistency, query.after_index.is_some())
+            }
+            Request::Ready | Request::Members => (Consistency::Linearizable, false),
+            _ => (Consistency::None, false),
+        }
     }
 
     /// The longest body that this request may have, in bytes.

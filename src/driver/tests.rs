@@ -81,6 +81,7 @@ fn driver(members: u64, network: Nobody) -> (Driver<Nobody>, Sender<Event>, Rece
         started,
         more: false,
         snapshot_asked: None,
+        measures: Measures::new(Arc::default()),
         offences: Offences::default(),
     };
     (driver, events_tx, batches)
@@ -97,7 +98,9 @@ fn offences_are_counted_by_peer_and_cause_and_not_all_of_them_are_logged() {
     assert_eq!(offences.count(2, &malformed), None);
 
     let mut network = Nobody::default();
-    let mut host = DriverHost { network: &mut network, offences: &mut offences, batch: Vec::new() };
+    let mut measures = Measures::new(Arc::default());
+    let mut host =
+        DriverHost { network: &mut network, offences: &mut offences, measures: &mut measures, batch: Vec::new() };
     host.offended(4, Offence::Stranger(4));
     host.offended(5, Offence::Removed(5));
     host.offended(6, of_type);

@@ -247,7 +247,7 @@ impl<S: Service> Runner<S> {
         else {
             unreachable!("only who waits is answered");
         };
-        let response = self.service.finish(pending, reply);
+        let response = self.service.finish(pending, reply, self.now);
         let step = self.deliver(&mut connection, response, delivery);
         self.settle(connection, step);
     }
@@ -349,7 +349,7 @@ impl<S: Service> Runner<S> {
             close: !head.keep_alive(),
             keep_alive: *head.version() == HTTPVersion(1, 0),
         };
-        match self.service.begin(&mut self.turn, &head, &bytes[span.end..], caller) {
+        match self.service.begin(&mut self.turn, &head, &bytes[span.end..], caller, self.now) {
             Begun::Answered(response) => {
                 connection.input.take(length);
                 connection.state = State::reading();

@@ -37,6 +37,6 @@ pub use head::Head;
 pub use limits::Limits;
 pub use mailbox::{Caller, EventLoop, Mailbox};
 pub use response::{Payload, Response, respond};
-pub use server::{Handle, Listener, Stopped};
+pub use server::{Connections, Handle, Listener, Stopped};
 pub use service::{Admission, Begun, Body, Service};
 pub use tiny_http::{HTTPVersion, Header, Method, StatusCode};

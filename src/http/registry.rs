@@ -81,6 +81,10 @@ impl Registry {
         self.lock().open()
     }
 
+    pub(super) fn limit(&self) -> usize {
+        self.connections_max
+    }
+
     pub(super) fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }

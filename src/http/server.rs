@@ -102,6 +102,27 @@ pub struct Stopped {
     pub cut_off: usize,
 }
 
+/// The connections of a server, to look at.
+#[derive(Clone, Debug)]
+pub struct Connections(Arc<Registry>);
+
+impl Connections {
+    /// Connections open now.
+    pub fn open(&self) -> usize {
+        self.0.open()
+    }
+
+    /// Connections open at once, at most.
+    pub fn limit(&self) -> usize {
+        self.0.limit()
+    }
+
+    /// Connections turned away because there were too many, or no thread could be had.
+    pub fn refused(&self) -> u64 {
+        self.0.refused()
+    }
+}
+
 /// A running server. Dropping it stops it without waiting for anyone.
 pub struct Handle {
     local_addr: SocketAddr,
@@ -154,6 +175,11 @@ impl Handle {
     /// Connections turned away because there were too many, or no thread could be had.
     pub fn connections_refused(&self) -> u64 {
         self.registry.refused()
+    }
+
+    /// What there is to know of the connections, for as long as anybody wants to know it.
+    pub fn connections(&self) -> Connections {
+        Connections(Arc::clone(&self.registry))
     }
 
     /// Stops: accepts nothing more, ends connections that owe no answer, streams included, and waits up to `within` for

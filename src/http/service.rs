@@ -37,20 +37,23 @@ pub trait Service: Send + Sync + 'static {
     fn answer(&self, session: &mut Self::Session, head: &Head<'_>, body: Body<'_>) -> Response;
 
     /// Begins to answer a request on an event loop, without waiting for anything: what it takes long to answer belongs
-    /// to a thread. `body` is whole. The same request in [`Service::answer`] must get the same answer.
+    /// to a thread. `body` is whole; `now` is when the pass began. The same request in [`Service::answer`] must get the
+    /// same answer.
     fn begin(
         &self,
         turn: &mut Self::Turn,
         head: &Head<'_>,
         body: &[u8],
         caller: Caller<Self::Reply>,
+        now: Instant,
     ) -> Begun<Self::Pending>;
 
     /// Hands over what the requests of a pass have put into `turn`, and empties it. Does not wait.
     fn submit(&self, turn: &mut Self::Turn);
 
-    /// Ends what [`Service::begin`] began. `None`: no reply came until the time it had named.
-    fn finish(&self, pending: Self::Pending, reply: Option<Self::Reply>) -> Response;
+    /// Ends what [`Service::begin`] began, in a pass that began at `now`. `None`: no reply came until the time it had
+    /// named.
+    fn finish(&self, pending: Self::Pending, reply: Option<Self::Reply>, now: Instant) -> Response;
 
     /// Words the refusal of what the server itself finds at fault: 400, 408, 413, 414, 417, 431, 501, 503, 505. The
     /// connection is closed behind it. `detail` is a sentence without its capital and period. A 503 without

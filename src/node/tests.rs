@@ -33,7 +33,7 @@ fn snapshot_of(keys: u64) -> (SnapshotHeader, Vec<u8>) {
 fn inbox(events: Sender<Event>) -> Inbox {
     let files = SnapshotFiles::new(Arc::new(MemoryDisk::new()), CLUSTER);
     let peer_bytes = ByteBudget::new(PEER_BYTES_MAX);
-    Inbox { events, files, me: 1, peer_bytes, receiving: AtomicBool::new(false) }
+    Inbox { events, files, me: 1, peer_bytes, receiving: AtomicBool::new(false), metrics: Arc::default() }
 }
 
 #[test]
@@ -84,7 +84,9 @@ fn a_directory_that_cannot_be_synced_behind_a_snapshot_ends_the_node() {
     orders_tx.send(ToSnapshotter { capture, reply: Some(reply) }).unwrap();
     let (_removals_tx, removals) = bounded(REMOVALS_MAX);
     disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
-    let reason = SnapshotterThread { orders, removals, files, events, failed: Arc::default() }.run().unwrap_err();
+    let reason = SnapshotterThread { orders, removals, files, events, failed: Arc::default(), metrics: Arc::default() }
+        .run()
+        .unwrap_err();
     assert!(reason.contains("failed to sync the directory"), "{reason}");
     assert!(driver.is_empty() && replies.recv().is_err(), "the log must not name it");
 }
@@ -227,6 +229,7 @@ fn applier(state: StateMachine) -> Appliers {
         publication: publication.clone(),
         watchers: Arc::new(Watchers::default()),
         mailboxes: Vec::new(),
+        metrics: Arc::default(),
         progress: Progress::new(Instant::now()),
         schedule: SnapshotSchedule::new(u64::MAX, captured),
         snapshot_failed: Arc::new(AtomicBool::new(false)),

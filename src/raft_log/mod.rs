@@ -165,6 +165,11 @@ impl fmt::Debug for RaftLog {
     }
 }
 
+/// Whether a file of this name is a segment of a log.
+pub fn is_segment(name: &str) -> bool {
+    segment::sequence_of(name).is_some()
+}
+
 impl RaftLog {
     /// Whether there is a log in this directory. One whose creation was cut short counts as none: its only trace is a
     /// file with a temporary name, which the next creation removes.

@@ -81,17 +81,24 @@ impl Service for Paths {
     type Pending = ();
     type Reply = Vec<u8>;
 
-    fn begin(&self, turn: &mut Self::Turn, head: &Head<'_>, body: &[u8], caller: Caller<Vec<u8>>) -> Begun<()> {
+    fn begin(
+        &self,
+        turn: &mut Self::Turn,
+        head: &Head<'_>,
+        body: &[u8],
+        caller: Caller<Vec<u8>>,
+        now: Instant,
+    ) -> Begun<()> {
         let target = std::str::from_utf8(head.target()).unwrap();
         match target {
             "/empty" => Begun::Answered(respond(204, "")),
             "/echo" => {
                 turn.push((body.to_vec(), caller));
-                Begun::Waits((), Instant::now() + DEADLINE)
+                Begun::Waits((), now + DEADLINE)
             }
             "/never" => {
                 *self.never.lock().unwrap() = Some(caller);
-                Begun::Waits((), Instant::now() + NEVER_TIMEOUT)
+                Begun::Waits((), now + NEVER_TIMEOUT)
             }
             _ => match target.strip_prefix("/size/").and_then(|size| size.parse().ok()) {
                 Some(size) => Begun::Answered(respond(200, vec![b'x'; size])),
@@ -107,7 +114,7 @@ impl Service for Paths {
         }
     }
 
-    fn finish(&self, (): (), reply: Option<Vec<u8>>) -> Response {
+    fn finish(&self, (): (), reply: Option<Vec<u8>>, _: Instant) -> Response {
         reply.map_or_else(|| respond(504, ""), |body| respond(200, body))
     }
 

@@ -19,12 +19,16 @@ mod client;
 mod cli;
 /// What a cluster does while members die, pause and come back.
 mod cluster;
+/// What a node says of itself to Prometheus, read strictly.
+mod exposition;
 /// What a node does on a disk without room.
 mod full_disk;
 /// Writers that remember what was promised to them.
 mod load;
 /// Members that join, leave and are replaced, and every way to get that wrong.
 mod membership;
+/// What is counted and measured, and the README's table of it.
+mod metrics;
 /// The make targets, where the README's walk does not go.
 mod make;
 /// Cuts and holds snapshots between nodes.

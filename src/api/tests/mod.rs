@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::http::{EventLoop, Handle, Limits as HttpLimits, Listener};
 use crate::message::{AdminReply, AdminRequest, Refusal, WriteReply};
+use crate::metrics::Metrics;
 use crate::store::CHANGES_MAX;
 
 use self::client::{Answer, Client};
@@ -40,7 +41,7 @@ impl Server {
 
     fn start_with(limits: HttpLimits, event_loops: usize) -> Self {
         let backend = Arc::new(Fake::new());
-        let api = Arc::new(Api::new(Arc::clone(&backend), LIMITS));
+        let api = Arc::new(Api::new(Arc::clone(&backend), LIMITS, Arc::new(Metrics::new())));
         let listener = Listener::bind("127.0.0.1:0").expect("a free port");
         let event_loops = (0..event_loops).map(|_| EventLoop::new(limits.connections).expect("a descriptor")).collect();
         let handle = listener.serve_in_loops(api, limits, "api", event_loops).expect("a thread");
@@ -212,7 +213,7 @@ fn statuses_of_keys() -> Seen {
 
 fn statuses_of_the_node() -> Seen {
     let mut server = Server::start();
-    let reports = ["status", "livez", "readyz", "openapi.json", "members"];
+    let reports = ["status", "livez", "readyz", "openapi.json", "metrics", "members"];
     for report in reports {
         assert_eq!(server.get(&format!("/_/{report}")).status, 200, "{report}");
     }
@@ -259,10 +260,14 @@ fn statuses_of_the_node() -> Seen {
 fn statuses_of_a_full_server() -> Seen {
     let mut server = Server::start_within(HttpLimits { connections: 1, ..HttpLimits::default() });
     assert_eq!(server.get("/_/openapi.json").status, 200);
-    let mut client = server.another_client();
-    // It is answered before it is sent.
-    problem(&client.receive(b"GET /_/openapi.json HTTP/1.1\r\n", false), 503);
-    client.seen
+    let mut seen = Seen::new();
+    for report in ["openapi.json", "metrics"] {
+        let mut client = server.another_client();
+        // It is answered before it is sent.
+        problem(&client.receive(format!("GET /_/{report} HTTP/1.1\r\n").as_bytes(), false), 503);
+        seen.append(&mut client.seen);
+    }
+    seen
 }
 
 #[test]
@@ -649,6 +654,53 @@ fn head_is_get_without_its_body() {
         assert_eq!((get.status, told(&get)), (head.status, told(&head)), "{target}");
         assert!(head.body.is_empty());
     }
+}
+
+#[test]
+fn the_metrics_are_those_of_the_requests() {
+    for event_loops in [0, 1] {
+        counts_requests(&mut Server::start_with(HttpLimits::default(), event_loops));
+    }
+}
+
+fn counts_requests(server: &mut Server) {
+    server.put("/k", b"value");
+    server.get("/k");
+    server.get("/k?consistency=stale");
+    server.get("/k?after-index=0");
+    server.get("/nothing");
+    server.send("HEAD /", &[], b"");
+    problem(&server.get("/_/livez?x=1"), 400);
+    problem(&server.send("PUT /k?x=1", &[], b""), 400);
+    problem(&server.another_client().send_raw(b"nonsense\r\n\r\n", false), 400);
+    // Its own count is one behind.
+    assert_eq!(server.get("/_/metrics").status, 200);
+    let answer = server.get("/_/metrics");
+    assert_eq!(answer.field("Content-Type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+    let text = String::from_utf8(answer.body).expect("text");
+    let requests = [
+        (r#"consistency="none",method="PUT",status="204""#, 1),
+        (r#"consistency="linearizable",method="GET",status="200""#, 2),
+        (r#"consistency="stale",method="GET",status="200""#, 1),
+        (r#"consistency="linearizable",method="GET",status="404""#, 1),
+        (r#"consistency="linearizable",method="HEAD",status="200""#, 1),
+        (r#"consistency="none",method="GET",status="400""#, 1),
+        (r#"consistency="none",method="PUT",status="400""#, 1),
+        (r#"consistency="none",method="other",status="400""#, 1),
+        (r#"consistency="none",method="GET",status="200""#, 1),
+    ];
+    for (labels, count) in requests {
+        let line = format!("raftexample_http_requests_total{{{labels}}} {count}");
+        assert!(text.lines().any(|found| found == line), "{line} is missing in:\n{text}");
+    }
+    // Not the one that asked to wait.
+    let line = r#"raftexample_http_request_duration_seconds_count{consistency="linearizable",method="GET"} 2"#;
+    assert!(text.lines().any(|found| found == line), "{line} is missing in:\n{text}");
+    let answer = server.send("HEAD /_/metrics", &[], b"");
+    assert_eq!((answer.status, answer.body.len()), (200, 0));
+    let answer = server.send("POST /_/metrics", &[], b"");
+    problem(&answer, 405);
+    assert_eq!(answer.field("Allow"), Some("GET, HEAD, OPTIONS"));
 }
 
 #[test]

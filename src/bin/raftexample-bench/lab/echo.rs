@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use clap::Args;
@@ -92,13 +92,13 @@ impl Service for Echo {
         self.echo()
     }
 
-    fn begin(&self, (): &mut (), _: &Head<'_>, _: &[u8], _: Caller<Infallible>) -> Begun<Infallible> {
+    fn begin(&self, (): &mut (), _: &Head<'_>, _: &[u8], _: Caller<Infallible>, _: Instant) -> Begun<Infallible> {
         Begun::Answered(self.echo())
     }
 
     fn submit(&self, (): &mut ()) {}
 
-    fn finish(&self, pending: Infallible, _: Option<Infallible>) -> Response {
+    fn finish(&self, pending: Infallible, _: Option<Infallible>, _: Instant) -> Response {
         match pending {}
     }
 
