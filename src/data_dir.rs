@@ -438,6 +438,11 @@ impl SnapshotFiles {
 
     /// Writes a snapshot so that it is there whole, or not at all: temporary file, sync, rename, sync of the directory.
     pub fn write(&self, capture: &Capture) -> Result<SnapshotInfo, DataError> {
+        self.write_then(capture, &mut || {})
+    }
+
+    /// The same, with a call before it gets its name: writing takes long, and older ones may be removable by then.
+    pub fn write_then(&self, capture: &Capture, written: &mut dyn FnMut()) -> Result<SnapshotInfo, DataError> {
         let name = Self::name(capture.index());
         // Tried all the same, it would take the last of the space from the log before it fails.
         self.check_room(&name, capture.visible().0.bytes())?;
@@ -449,6 +454,7 @@ impl SnapshotFiles {
             Ok(())
         })?;
         fail_point("snapshot-temporary-synced");
+        written();
         fail_point("snapshot-rename-before");
         self.rename(&temporary, &name)?;
         fail_point("snapshot-rename-after");

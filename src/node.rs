@@ -257,7 +257,9 @@ impl SnapshotterThread {
     /// If the failure is one that ends the node.
     fn write(&self, capture: &Capture, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) -> Result<(), String> {
         let started = Instant::now();
-        let result = match self.files.write(capture) {
+        // There are never more than two with their names: the last one, and the one before until it is told to go.
+        let mut remove = || self.removals.try_iter().for_each(|index| self.remove_older(index));
+        let result = match self.files.write_then(capture, &mut remove) {
             Ok(info) => {
                 log::info!(
                     "wrote the snapshot of index {}: {} bytes in {:?}",
