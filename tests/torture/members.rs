@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -108,13 +108,15 @@ pub struct Members {
     doors: Doors,
     faketime: Option<PathBuf>,
     last_id: NodeId,
+    /// No node is started any more.
+    over: bool,
 }
 
 impl Members {
     /// No node yet. `flags` are those of all; data and logs go to `directory`.
     pub fn new(network: Network, flags: Vec<String>, directory: PathBuf, program: PathBuf, doors: Doors) -> Members {
         let nodes = BTreeMap::new();
-        Members { nodes, network, flags, directory, program, doors, faketime: faketime(), last_id: 0 }
+        Members { nodes, network, flags, directory, program, doors, faketime: faketime(), last_id: 0, over: false }
     }
 
     /// Prepares the founders; `behind_proxy` says of each whether it is. With `small_disk` the first has one.
@@ -210,6 +212,9 @@ impl Members {
 
     /// Starts a node that is down.
     pub fn start(&mut self, id: NodeId) {
+        if self.over {
+            return;
+        }
         let faketime = self.faketime.clone();
         let (program, flags, directory) = (self.program.clone(), self.flags.clone(), self.directory.clone());
         let member = self.member_mut(id);
@@ -223,7 +228,7 @@ impl Members {
             command.envs([("FAKETIME_NO_CACHE", "1"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")]);
         }
         // A group of its own: Ctrl-C is for the one who asks the questions.
-        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        command.process_group(0);
         command.stdin(Stdio::null()).current_dir(&directory);
         member.boots += 1;
         member.starved = member.disk_full;
@@ -279,6 +284,15 @@ impl Members {
             self.member_mut(*id).process = None;
         }
         self.publish();
+    }
+
+    /// SIGKILL for all, for good.
+    pub fn end(&mut self) {
+        self.over = true;
+        let all: Vec<NodeId> = self.nodes.keys().copied().collect();
+        self.kill(&all);
+        // Nothing uses a disk any more.
+        self.nodes.values_mut().for_each(|member| member.disk = None);
     }
 
     /// The end of a node, if it has come.
@@ -345,12 +359,5 @@ impl Members {
             boot: if member.process.is_some() { member.boots } else { 0 },
         });
         *self.doors.write().unwrap_or_else(PoisonError::into_inner) = doors.collect();
-    }
-}
-
-impl Drop for Members {
-    fn drop(&mut self) {
-        let all: Vec<NodeId> = self.nodes.keys().copied().collect();
-        self.kill(&all);
     }
 }

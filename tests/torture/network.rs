@@ -9,6 +9,9 @@
 
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -16,7 +19,6 @@ use std::time::Duration;
 
 use raftexample::membership::NodeId;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use std::os::fd::AsFd;
 
 use crate::proxy::{self, Link, Party, Weather};
 use crate::settings::Kind;
@@ -45,7 +47,7 @@ pub struct Place {
 
 impl Place {
     /// A command that will run where the member is, but for its arguments.
-    pub fn command(&self, program: &std::path::Path) -> Command {
+    pub fn command(&self, program: &Path) -> Command {
         match &self.namespace {
             None => Command::new(program),
             Some(holder) => {
@@ -75,7 +77,7 @@ pub struct Network {
     /// What the proxies obey.
     pub weather: Arc<Weather>,
     /// Where the logs of helpers go.
-    log: std::path::PathBuf,
+    log: PathBuf,
 }
 
 /// Runs a command of iproute2 or the like to its end.
@@ -103,7 +105,7 @@ fn address(id: NodeId, of_proxies: bool, host: u8) -> Ipv4Addr {
 
 impl Network {
     /// Prepares this process's part.
-    pub fn new(kind: Kind, log: std::path::PathBuf) -> Result<Network, String> {
+    pub fn new(kind: Kind, log: PathBuf) -> Result<Network, String> {
         if kind == Kind::Namespaces {
             run("ip link set lo up")?;
             for (name, value) in [("ip_forward", "1"), ("conf/all/rp_filter", "0"), ("conf/default/rp_filter", "0")] {
@@ -182,7 +184,7 @@ impl Network {
     /// A process in a network namespace of its own, which lasts as long as the process.
     fn new_namespace(&self) -> Result<Process, String> {
         let mut command = Command::new("unshare");
-        command.args(["--net", "sleep", "infinity"]).stdin(Stdio::null());
+        command.args(["--net", "sleep", "infinity"]).stdin(Stdio::null()).process_group(0);
         let holder = Process::spawn(&mut command, &self.log);
         let namespace_of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
         let id = holder.id().to_string();

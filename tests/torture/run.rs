@@ -146,6 +146,14 @@ fn clean(directory: &Path) {
     }
 }
 
+impl Drop for Torture {
+    /// Whatever ends a run, nothing that it has started goes on: others may still hold the members.
+    fn drop(&mut self) {
+        self.run.stop.store(true, Ordering::Relaxed);
+        lock(&self.members).end();
+    }
+}
+
 impl Torture {
     fn new(settings: &Settings, kind: Kind, facts: Vec<String>, directory: &Path) -> Torture {
         let mut random = Random::new(settings.seed);
@@ -230,6 +238,10 @@ impl Torture {
         let end = Instant::now() + self.settings.chaos;
         while Instant::now() < end && !self.interrupted.load(Ordering::Relaxed) && !self.run.is_violated() {
             chaos.rage(end.min(Instant::now() + Duration::from_millis(500)));
+        }
+        if self.interrupted.load(Ordering::Relaxed) {
+            self.run.violated("interrupted".to_owned(), Vec::new());
+            return Outcome::default();
         }
         chaos.heal();
         let alive = self.prove_alive();
