@@ -34,7 +34,7 @@ NETWORK ?=
 
 .PHONY: help build cluster status logs stop clean test sim torture check \
 	kill-1 kill-2 kill-3 kill-4 stop-1 stop-2 stop-3 stop-4 restart-1 restart-2 restart-3 restart-4 \
-	add-4 remove-4 bench bench-binary bench-etcd bench-drift
+	add-4 remove-4 bench bench-binary bench-etcd bench-drift bench-parts
 
 # The text after the two number signs is the help.
 help: ## list the targets
@@ -104,8 +104,12 @@ bench-etcd: build bench-binary ## print ratios to etcd, Go's raftexample and the
 bench-drift: build bench-binary ## load three nodes for ten minutes, and print what grows
 	@$(BENCH_BINARY) drift --directory $(BENCH_DIR) $(BENCH_FLAGS)
 
+bench-parts: ## measure the parts of a node alone: log, frames, apply, HTTP heads, read round; takes a minute
+	cargo bench --locked --bench parts
+
 test: ## run all tests
 	cargo test --locked
+	cargo test --locked --bench parts
 	cargo test --locked --features failpoints --test failpoints
 
 sim: ## simulate SEEDS=n clusters (2000), the first from seed START=s (any)

@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::str::FromStr;
 
 use rustix::net::RecvFlags;
-use tiny_http::{HTTPVersion, Method};
+use tiny_http::{HTTPVersion, Method, StatusCode};
 
 use super::fault::Fault;
 use super::limits::{HEADERS_MAX, Limits};
@@ -140,6 +140,25 @@ impl<'a> Head<'a> {
             client: None,
         })
     }
+}
+
+/// Reads the head that `bytes` begin with just as a connection does, for those who have bytes and no connection, and
+/// returns what `take` makes of it, which gets the offset behind the head too. `None`: its end is not there yet.
+///
+/// # Errors
+/// The status that a client would be refused with.
+pub fn read_head<T>(
+    bytes: &[u8],
+    limits: &Limits,
+    take: impl FnOnce(&Head<'_>, usize) -> T,
+) -> Result<Option<T>, StatusCode> {
+    let Some(span) = HeadScan::default().advance(bytes, limits).map_err(|fault| fault.status)? else {
+        return Ok(None);
+    };
+    let mut slots: HeaderSlots<'_> = [const { MaybeUninit::uninit() }; HEADERS_MAX];
+    let slots = &mut slots[..limits.headers.min(HEADERS_MAX)];
+    let head = Head::parse(&bytes[span.start..span.end], slots).map_err(|fault| fault.status)?;
+    Ok(Some(take(&head, span.end)))
 }
 
 /// The fault that stands for an error of the parser.
@@ -399,21 +418,17 @@ mod tests {
     }
 
     fn receive_within(bytes: &[u8], limits: &Limits) -> Outcome {
-        let span = match HeadScan::default().advance(bytes, limits) {
-            Ok(Some(span)) => span,
-            Ok(None) => return Outcome::Incomplete,
-            Err(fault) => return Outcome::Refused(fault.status.0),
-        };
-        let mut slots: HeaderSlots<'_> = [const { MaybeUninit::uninit() }; HEADERS_MAX];
-        match Head::parse(&bytes[span.start..span.end], &mut slots[..limits.headers]) {
-            Ok(head) => Outcome::Head {
-                method: head.method().as_str().to_owned(),
-                target: head.target().to_owned(),
-                framing: head.framing(),
-                keep_alive: head.keep_alive(),
-                length: span.end,
-            },
-            Err(fault) => Outcome::Refused(fault.status.0),
+        let head = read_head(bytes, limits, |head, length| Outcome::Head {
+            method: head.method().as_str().to_owned(),
+            target: head.target().to_owned(),
+            framing: head.framing(),
+            keep_alive: head.keep_alive(),
+            length,
+        });
+        match head {
+            Ok(Some(outcome)) => outcome,
+            Ok(None) => Outcome::Incomplete,
+            Err(status) => Outcome::Refused(status.0),
         }
     }
 

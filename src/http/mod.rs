@@ -33,7 +33,7 @@ mod connection;
 mod event_loop;
 mod server;
 
-pub use head::Head;
+pub use head::{Head, read_head};
 pub use limits::Limits;
 pub use mailbox::{Caller, EventLoop, Mailbox};
 pub use response::{Payload, Response, respond};

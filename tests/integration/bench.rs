@@ -112,7 +112,8 @@ fn rows_are_measured_in_rounds_and_come_to_ratios() {
     let run = Run::new();
     let mut command = run.command("compare", SHORT);
     command.args(["--rounds", "3", "--many-keys", "2000"]);
-    command.args(["--rows", "put-follower,stale-get,put-sync,memory,snapshot-write,restart"]);
+    let rows = "put-follower,stale-get,put-sync,memory,snapshot-put,snapshot-write,snapshot-memory,restart";
+    command.args(["--rows", rows]);
     let (output, results) = run.succeed(&mut command);
     assert!(output.contains("goal >= 0.85"), "{output}");
     for (row, name) in [
@@ -121,7 +122,10 @@ fn rows_are_measured_in_rounds_and_come_to_ratios() {
         ("stale-get", "rate"),
         ("put-sync", "p50"),
         ("memory", "memory"),
+        ("snapshot-put", "p99"),
         ("snapshot-write", "bytes"),
+        ("snapshot-memory", "at rest"),
+        ("snapshot-memory", "under load"),
         ("restart", "time"),
     ] {
         let figure = figure(&results, row, name);

@@ -32,6 +32,7 @@ fn help_names_all_targets() {
         "bench",
         "bench-etcd",
         "bench-drift",
+        "bench-parts",
         "test",
         "sim",
         "torture",

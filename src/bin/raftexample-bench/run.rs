@@ -16,7 +16,7 @@ use crate::progress::Progress;
 use crate::random::{Keys, Zipf};
 use crate::report::{Point, Report, write_json};
 use crate::request::Requests;
-use crate::schedule::{Clock, OpenLoop, Schedule, window};
+use crate::schedule::{Clock, OpenLoop, Schedule, Window, nanos};
 use crate::tally::Tally;
 use crate::target::{Target, choose};
 use crate::worker::Worker;
@@ -74,7 +74,7 @@ pub(crate) fn fill(options: &Options) -> Result<(), String> {
         keys: Keys::EachOnce { next: worker, step: workers },
         // Keys `worker`, `worker + workers`, ... below `keys`.
         schedule: Schedule::Count { left: (keys - worker).div_ceil(workers) },
-        tally: Tally::new(0..u64::MAX),
+        tally: Tally::new(Window::new(0..u64::MAX)),
     })?;
     let progress = Progress::start(format!("writing {keys} keys"), keys);
     while !load.is_finished() {
@@ -95,9 +95,42 @@ pub(crate) fn fill(options: &Options) -> Result<(), String> {
 /// # Errors
 /// One line, when no node can be chosen or reached. That no request succeeds is none.
 pub(crate) fn measure(options: &Options, connections: usize, rate: Option<u64>) -> Result<Point, String> {
+    let window = Window::after(options.warm_up, options.duration);
+    measure_within(options, connections, rate, &window, |load, progress| {
+        load.watch_until(window.end(), progress);
+        Ok(())
+    })
+}
+
+/// Measures a closed loop for as long as `work` takes, which begins with the end of the warm-up: requests count that
+/// start meanwhile.
+///
+/// # Errors
+/// As [`measure`], and what `work` says.
+pub(crate) fn measure_while(
+    options: &Options,
+    connections: usize,
+    work: impl FnOnce() -> Result<(), String>,
+) -> Result<Point, String> {
+    let window = Window::closed();
+    measure_within(options, connections, None, &window, |load, _| {
+        window.start_at(load.clock.now());
+        let outcome = work();
+        window.end_at(load.clock.now());
+        outcome
+    })
+}
+
+/// Measures what starts within `window`. `wait` is called at the end of the warm-up, and returns when it has ended.
+fn measure_within(
+    options: &Options,
+    connections: usize,
+    rate: Option<u64>,
+    window: &Window,
+    wait: impl FnOnce(&Load, &Progress) -> Result<(), String>,
+) -> Result<Point, String> {
     let targets = choose(options)?;
     let workers = options.threads.min(connections) as u64;
-    let window = window(options.warm_up, options.duration);
     let load = Load::start(options, &targets, connections, |worker| Share {
         workload: options.workload,
         keys: match options.zipf_exponent {
@@ -105,17 +138,19 @@ pub(crate) fn measure(options: &Options, connections: usize, rate: Option<u64>) 
             Some(exponent) => Keys::Zipf(Zipf::new(options.keys, exponent)),
         },
         schedule: match rate {
-            None => Schedule::Closed { end: window.end },
-            Some(rate) => Schedule::Open(OpenLoop::new(rate, worker, workers, window.end)),
+            None => Schedule::Closed { window: window.clone() },
+            Some(rate) => Schedule::Open(OpenLoop::new(rate, worker, workers, window.end())),
         },
         tally: Tally::new(window.clone()),
     })?;
-    let progress = Progress::start(format!("{connections} connections"), window.end / 1_000_000);
-    load.watch_until(window.start, &progress);
+    let total = nanos(options.warm_up + options.duration) / 1_000_000;
+    let progress = Progress::start(format!("{connections} connections"), total);
+    load.watch_until(nanos(options.warm_up), &progress);
     let processor_time_before = processor_time();
-    load.watch_until(window.end, &progress);
+    let outcome = wait(&load, &progress);
     let processor_time = processor_time().saturating_sub(processor_time_before);
     let tally = load.finish()?;
+    outcome?;
     drop(progress);
     let urls = targets.iter().map(|target| target.url.to_string()).collect();
     Ok(Point::new(options, connections, rate, urls, &tally, processor_time))

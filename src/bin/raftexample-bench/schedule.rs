@@ -1,6 +1,8 @@
 //! When requests start. Times are nanoseconds since the start of the run.
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// The clock of one run, shared by its workers.
@@ -31,8 +33,8 @@ pub(crate) fn nanos(duration: Duration) -> u64 {
 pub(crate) enum Schedule {
     /// As soon as a connection is free.
     Closed {
-        /// None starts from here on.
-        end: u64,
+        /// None starts behind it.
+        window: Window,
     },
     /// By the clock.
     Open(OpenLoop),
@@ -47,7 +49,7 @@ impl Schedule {
     /// When the next request was to start, if that is not after `now`; each is handed out once.
     pub(crate) fn next(&mut self, now: u64) -> Option<u64> {
         match self {
-            Self::Closed { end } => (now < *end).then_some(now),
+            Self::Closed { window } => (now < window.end()).then_some(now),
             Self::Open(open) => {
                 let due = open.due()?;
                 (due <= now).then(|| {
@@ -65,7 +67,7 @@ impl Schedule {
     /// When a free connection is to be given its next request; None: never.
     pub(crate) fn next_due(&self, now: u64) -> Option<u64> {
         match self {
-            Self::Closed { end } => (now < *end).then_some(now),
+            Self::Closed { window } => (now < window.end()).then_some(now),
             Self::Open(open) => open.due(),
             Self::Count { left } => (*left > 0).then_some(now),
         }
@@ -110,9 +112,54 @@ impl OpenLoop {
     }
 }
 
-/// What of a run counts: from the end of the warm-up, for the duration of the measurement.
-pub(crate) fn window(warm_up: Duration, duration: Duration) -> Range<u64> {
-    nanos(warm_up)..nanos(warm_up + duration)
+/// What of a run counts. Clones are the same window: what is set of it while the run goes on, is set for all workers.
+#[derive(Clone, Debug)]
+pub(crate) struct Window(Arc<Bounds>);
+
+#[derive(Debug)]
+struct Bounds {
+    start: AtomicU64,
+    end: AtomicU64,
+}
+
+impl Window {
+    /// Begins and ends as is known before.
+    pub(crate) fn new(range: Range<u64>) -> Self {
+        Self(Arc::new(Bounds { start: AtomicU64::new(range.start), end: AtomicU64::new(range.end) }))
+    }
+
+    /// From the end of the warm-up, for the duration of the measurement.
+    pub(crate) fn after(warm_up: Duration, duration: Duration) -> Self {
+        Self::new(nanos(warm_up)..nanos(warm_up + duration))
+    }
+
+    /// Nothing counts until [`Self::start_at`].
+    pub(crate) fn closed() -> Self {
+        Self::new(u64::MAX..u64::MAX)
+    }
+
+    /// Opens it.
+    pub(crate) fn start_at(&self, start: u64) {
+        self.0.start.store(start, Ordering::Relaxed);
+    }
+
+    /// Ends it. What a worker has counted before it knows, a moment later at most, stays counted.
+    pub(crate) fn end_at(&self, end: u64) {
+        self.0.end.store(end, Ordering::Relaxed);
+    }
+
+    /// [`u64::MAX`] until it is known.
+    pub(crate) fn end(&self) -> u64 {
+        self.0.end.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn contains(&self, time: u64) -> bool {
+        self.0.start.load(Ordering::Relaxed) <= time && time < self.end()
+    }
+
+    pub(crate) fn duration(&self) -> Duration {
+        Duration::from_nanos(self.end().saturating_sub(self.0.start.load(Ordering::Relaxed)))
+    }
 }
 
 #[cfg(test)]
@@ -147,8 +194,22 @@ mod tests {
     }
 
     #[test]
+    fn a_window_opens_and_ends_for_all_at_once() {
+        let window = Window::closed();
+        let mut schedule = Schedule::Closed { window: window.clone() };
+        assert!(!window.contains(100));
+        assert_eq!((schedule.next(50), schedule.next_due(50)), (Some(50), Some(50)));
+        window.start_at(100);
+        assert!(!window.contains(99) && window.contains(100) && window.contains(1_000_000));
+        window.end_at(150);
+        assert_eq!((schedule.next(150), schedule.next_due(150)), (None, None));
+        assert!(window.contains(149) && !window.contains(150));
+        assert_eq!(window.duration(), Duration::from_nanos(50));
+    }
+
+    #[test]
     fn closed_loop_starts_at_once_until_the_end() {
-        let mut schedule = Schedule::Closed { end: 10 };
+        let mut schedule = Schedule::Closed { window: Window::new(0..10) };
         assert_eq!((schedule.next(9), schedule.next(9), schedule.next(10)), (Some(9), Some(9), None));
         assert_eq!(schedule.overdue(100), None);
         let mut schedule = Schedule::Count { left: 2 };

@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::ops::Range;
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
 use crate::options::TIME_MAX;
 use crate::request::Operation;
-use crate::schedule::nanos;
+use crate::schedule::{Window, nanos};
 
 /// Figures are exact to one in a thousand.
 const SIGNIFICANT_DIGITS: u8 = 3;
@@ -64,8 +63,8 @@ impl fmt::Display for Failure {
 /// What one worker has counted, or all of them together.
 #[derive(Clone, Debug)]
 pub(crate) struct Tally {
-    /// Requests that should have started within it count, in nanoseconds since the start of the run.
-    window: Range<u64>,
+    /// Requests that should have started within it count.
+    window: Window,
     /// Latencies of successful writes, in nanoseconds.
     pub(crate) puts: Histogram<u64>,
     /// Latencies of successful reads, in nanoseconds.
@@ -79,7 +78,7 @@ pub(crate) struct Tally {
 
 impl Tally {
     /// Counts nothing yet.
-    pub(crate) fn new(window: Range<u64>) -> Self {
+    pub(crate) fn new(window: Window) -> Self {
         Self {
             window,
             puts: empty_histogram(),
@@ -91,10 +90,10 @@ impl Tally {
 
     /// A success at `now` of a request that should have started at `start`.
     pub(crate) fn succeeded(&mut self, operation: Operation, start: u64, now: u64) {
-        if self.window.contains(&now) {
+        if self.window.contains(now) {
             self.answered_in_window += 1;
         }
-        if self.window.contains(&start) {
+        if self.window.contains(start) {
             let histogram = match operation {
                 Operation::Put => &mut self.puts,
                 Operation::Get => &mut self.gets,
@@ -105,7 +104,7 @@ impl Tally {
 
     /// A failure of what should have started at `start`.
     pub(crate) fn failed(&mut self, failure: Failure, start: u64) {
-        if self.window.contains(&start) {
+        if self.window.contains(start) {
             *self.failures.entry(failure).or_default() += 1;
         }
     }
@@ -141,7 +140,7 @@ impl Tally {
 
     /// How long the window is.
     pub(crate) fn duration(&self) -> Duration {
-        Duration::from_nanos(self.window.end.saturating_sub(self.window.start))
+        self.window.duration()
     }
 }
 
@@ -155,7 +154,7 @@ mod tests {
 
     #[test]
     fn only_what_should_start_in_the_window_counts() {
-        let mut tally = Tally::new(100..200);
+        let mut tally = Tally::new(Window::new(100..200));
         tally.succeeded(Operation::Put, 99, 150);
         tally.succeeded(Operation::Put, 100, 199);
         tally.succeeded(Operation::Get, 199, 250);

@@ -6,14 +6,14 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 
 use crate::command_line::CommandLine;
-use crate::options::Options;
+use crate::options::{Api, Options, TargetChoice};
 use crate::report::{Point, Report};
-use crate::run::run;
+use crate::run::{measure_while, run};
 
 const NO_CONTENT: &str = "HTTP/1.1 204 No Content\r\nETag: \"7\"\r\n\r\n";
 const REFUSED: &str = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 2\r\n\r\n{}";
@@ -191,6 +191,30 @@ fn warm_up_does_not_count() {
     assert_eq!(point.latency.count, 30);
     assert_eq!(server.requests(), 70);
     assert!(point.latency.max_us < 480_000.0, "{:?}", point.latency);
+}
+
+#[test]
+fn what_starts_while_work_is_done_counts() {
+    let server = Server::answering(NO_CONTENT);
+    let url = server.url().parse().unwrap();
+    let warm_up = Duration::from_millis(50);
+    let options = Options { target: TargetChoice::All, warm_up, ..Options::closed_loop(vec![url], Api::Raftexample) };
+    let mut meanwhile = 0;
+    let work = || {
+        let before = server.requests();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while server.requests() < before + 100 && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        meanwhile = server.requests() - before;
+        Ok(())
+    };
+    let point = measure_while(&options, 2, work).unwrap();
+    assert!(meanwhile >= 100, "{meanwhile}");
+    // Both connections may have been waiting for an answer when the work began.
+    assert!(point.latency.count >= meanwhile - 2, "{} of {meanwhile}", point.latency.count);
+    assert!(point.latency.count < server.requests(), "the warm-up was counted");
+    assert_eq!(measure_while(&options, 2, || Err("it failed".to_owned())).unwrap_err(), "it failed");
 }
 
 #[test]

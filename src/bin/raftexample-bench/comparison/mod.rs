@@ -1,7 +1,7 @@
 //! Ratios to others, measured in one run, side by side: the machine is the same, and what changes on it meanwhile
 //! changes for both.
 //!
-//! Each row measures both sides once a round, and who begins alternates. A round gives one ratio for each figure; what
+//! Each row measures both sides once a round, and who begins alternates where it can. A round gives one ratio for each figure; what
 //! counts is their median, and how far they spread tells what it is worth. In reading order: `figure` (ratios and
 //! goals), `systems` (what runs), `kills` and `snapshots` (rows that are more than a load), `rows`.
 
@@ -19,7 +19,7 @@ use clap::Args;
 use serde::Serialize;
 
 use figure::{Figure, Spread};
-use rows::{ROWS, Reading, Row, Side};
+use rows::{Measure, ROWS, Reading, Row, Side};
 use systems::{Peers, Scale, Systems};
 
 use crate::lab::machine::Machine;
@@ -257,13 +257,17 @@ fn measure_row(row: &'static Row, systems: &mut Systems) -> Outcome {
 fn measure_rounds(row: &Row, systems: &mut Systems, rounds: &mut Vec<Round>) -> Result<(), String> {
     systems.hold(row.systems)?;
     for number in 0..row.rounds.count(&systems.scale) {
-        // Whoever comes second finds the disk and the caches as the first has left them.
-        let (ours, theirs) = if number % 2 == 0 {
-            let ours = (row.measure)(systems, Side::Ours)?;
-            (ours, (row.measure)(systems, Side::Theirs)?)
-        } else {
-            let theirs = (row.measure)(systems, Side::Theirs)?;
-            ((row.measure)(systems, Side::Ours)?, theirs)
+        let [ours, theirs] = match row.measure {
+            Measure::Together(measure) => measure(systems)?,
+            // Whoever comes second finds the disk and the caches as the first has left them.
+            Measure::InTurn(measure) if number % 2 == 0 => {
+                let ours = measure(systems, Side::Ours)?;
+                [ours, measure(systems, Side::Theirs)?]
+            }
+            Measure::InTurn(measure) => {
+                let theirs = measure(systems, Side::Theirs)?;
+                [measure(systems, Side::Ours)?, theirs]
+            }
         };
         rounds.push(Round::new(number, ours, theirs));
     }

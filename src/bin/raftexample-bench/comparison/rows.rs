@@ -28,8 +28,16 @@ pub(crate) struct Row {
     /// What has to run meanwhile. All of it runs while either side is measured, so that it costs both the same.
     pub(crate) systems: &'static [System],
     pub(crate) rounds: Rounds,
-    /// Measures one side once; returns a value for each figure.
-    pub(crate) measure: fn(&mut Systems, Side) -> Result<Reading, String>,
+    pub(crate) measure: Measure,
+}
+
+/// How a round is measured. A reading has a value for each figure.
+#[derive(Clone, Copy)]
+pub(crate) enum Measure {
+    /// One side at a time. Who begins alternates.
+    InTurn(fn(&mut Systems, Side) -> Result<Reading, String>),
+    /// Ours and theirs, where one depends on the other.
+    Together(fn(&mut Systems) -> Result<[Reading; 2], String>),
 }
 
 /// How often both sides are measured.
@@ -143,7 +151,7 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(Some(Goal::AtLeast(2.2)), Some(Goal::AtMost(0.45)), None),
         systems: &[System::Three, System::Etcd],
         rounds: Rounds::Usual,
-        measure: |systems, side| both(systems, side, put(System::Three, 1), put(System::Etcd, 1)),
+        measure: Measure::InTurn(|systems, side| both(systems, side, put(System::Three, 1), put(System::Etcd, 1))),
     },
     Row {
         name: "put-64",
@@ -152,7 +160,7 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(Some(Goal::AtLeast(4.0)), None, Some(Goal::AtMost(0.2))),
         systems: &[System::Three, System::Etcd],
         rounds: Rounds::Usual,
-        measure: |systems, side| both(systems, side, put(System::Three, 64), put(System::Etcd, 64)),
+        measure: Measure::InTurn(|systems, side| both(systems, side, put(System::Three, 64), put(System::Etcd, 64))),
     },
     Row {
         name: "put-256",
@@ -161,7 +169,7 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(Some(Goal::AtLeast(3.0)), None, Some(Goal::AtMost(0.25))),
         systems: &[System::Three, System::Etcd],
         rounds: Rounds::Usual,
-        measure: |systems, side| both(systems, side, put(System::Three, 256), put(System::Etcd, 256)),
+        measure: Measure::InTurn(|systems, side| both(systems, side, put(System::Three, 256), put(System::Etcd, 256))),
     },
     Row {
         name: "get-64",
@@ -170,7 +178,7 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(Some(Goal::AtLeast(5.0)), None, None),
         systems: &[System::Three, System::Etcd],
         rounds: Rounds::Usual,
-        measure: |systems, side| both(systems, side, get(System::Three, 64), get(System::Etcd, 64)),
+        measure: Measure::InTurn(|systems, side| both(systems, side, get(System::Three, 64), get(System::Etcd, 64))),
     },
     Row {
         name: "put-1-v3",
@@ -179,7 +187,9 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(None, None, None),
         systems: &[System::Three, System::Etcd],
         rounds: Rounds::Usual,
-        measure: |systems, side| both(systems, side, put(System::Three, 1), in_v3(put(System::Etcd, 1))),
+        measure: Measure::InTurn(|systems, side| {
+            both(systems, side, put(System::Three, 1), in_v3(put(System::Etcd, 1)))
+        }),
     },
     Row {
         name: "put-64-v3",
@@ -188,7 +198,9 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(None, None, None),
         systems: &[System::Three, System::Etcd],
         rounds: Rounds::Usual,
-        measure: |systems, side| both(systems, side, put(System::Three, 64), in_v3(put(System::Etcd, 64))),
+        measure: Measure::InTurn(|systems, side| {
+            both(systems, side, put(System::Three, 64), in_v3(put(System::Etcd, 64)))
+        }),
     },
     Row {
         name: "get-64-v3",
@@ -197,7 +209,9 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(None, None, None),
         systems: &[System::Three, System::Etcd],
         rounds: Rounds::Usual,
-        measure: |systems, side| both(systems, side, get(System::Three, 64), in_v3(get(System::Etcd, 64))),
+        measure: Measure::InTurn(|systems, side| {
+            both(systems, side, get(System::Three, 64), in_v3(get(System::Etcd, 64)))
+        }),
     },
     Row {
         name: "get-go",
@@ -206,7 +220,9 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(Some(Goal::AtLeast(0.6)), None, None),
         systems: &[System::Three, System::GoRaftexample],
         rounds: Rounds::Usual,
-        measure: |systems, side| both(systems, side, get(System::Three, 64), get(System::GoRaftexample, 64)),
+        measure: Measure::InTurn(|systems, side| {
+            both(systems, side, get(System::Three, 64), get(System::GoRaftexample, 64))
+        }),
     },
     Row {
         name: "put-follower",
@@ -215,10 +231,10 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(Some(Goal::AtLeast(0.85)), None, None),
         systems: &[System::Three],
         rounds: Rounds::Usual,
-        measure: |systems, side| {
+        measure: Measure::InTurn(|systems, side| {
             let leader = put(System::Three, 64);
             both(systems, side, Load { place: Place::Follower, ..leader.clone() }, leader)
-        },
+        }),
     },
     Row {
         name: "stale-get",
@@ -227,7 +243,9 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(Some(Goal::AtLeast(0.9)), None, None),
         systems: &[System::Three, System::Echo],
         rounds: Rounds::Usual,
-        measure: |systems, side| both(systems, side, stale_get(System::Three, 64), stale_get(System::Echo, 64)),
+        measure: Measure::InTurn(|systems, side| {
+            both(systems, side, stale_get(System::Three, 64), stale_get(System::Echo, 64))
+        }),
     },
     Row {
         name: "put-sync",
@@ -236,7 +254,7 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &[figure("p50", "ms", Some(Goal::AtMost(1.7)))],
         systems: &[System::Three],
         rounds: Rounds::Usual,
-        measure: put_by_sync,
+        measure: Measure::InTurn(put_by_sync),
     },
     Row {
         name: "leader-kill",
@@ -248,10 +266,10 @@ pub(crate) const ROWS: &[Row] = &[
         ],
         systems: &[System::Three],
         rounds: Rounds::Kills,
-        measure: |systems, side| match side {
+        measure: Measure::InTurn(|systems, side| match side {
             Side::Ours => kill_leader(systems),
             Side::Theirs => Ok(Reading::of([ELECTION_TIMEOUT_MS; 2])),
-        },
+        }),
     },
     Row {
         name: "five-nodes",
@@ -260,7 +278,7 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(Some(Goal::AtLeast(0.6)), None, None),
         systems: &[System::Three, System::Five],
         rounds: Rounds::Usual,
-        measure: |systems, side| both(systems, side, put(System::Five, 64), put(System::Three, 64)),
+        measure: Measure::InTurn(|systems, side| both(systems, side, put(System::Five, 64), put(System::Three, 64))),
     },
     Row {
         name: "put-20k",
@@ -269,7 +287,7 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &[figure("bytes", "MB/s", Some(Goal::AtLeast(0.5)))],
         systems: &[System::LargeValues],
         rounds: Rounds::Usual,
-        measure: put_by_dd,
+        measure: Measure::InTurn(put_by_dd),
     },
     Row {
         name: "memory",
@@ -278,7 +296,7 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &[figure("memory", "MB", Some(Goal::AtMost(3.0)))],
         systems: &[System::ManyKeys],
         rounds: Rounds::Once,
-        measure: memory,
+        measure: Measure::InTurn(memory),
     },
     Row {
         name: "put-many-keys",
@@ -287,19 +305,19 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &load_figures(Some(Goal::AtLeast(0.9)), None, None),
         systems: &[System::ManyKeys, System::FewKeys],
         rounds: Rounds::Usual,
-        measure: |systems, side| {
+        measure: Measure::InTurn(|systems, side| {
             let many = Load { keys: systems.scale.many_keys, ..put(System::ManyKeys, 64) };
             both(systems, side, many, Load { keys: FEW_KEYS, ..put(System::FewKeys, 64) })
-        },
+        }),
     },
     Row {
         name: "snapshot-put",
-        ours: "PUT, 64 connections, many keys, while snapshots are written",
+        ours: "PUT, 64 connections, many keys, while all nodes write snapshots",
         theirs: "otherwise",
         figures: &load_figures(None, None, Some(Goal::AtMost(2.0))),
         systems: &[System::Snapshots],
         rounds: Rounds::Usual,
-        measure: snapshots::put,
+        measure: Measure::Together(snapshots::put),
     },
     Row {
         name: "snapshot-write",
@@ -308,19 +326,20 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &[figure("bytes", "MB/s", None)],
         systems: &[System::Snapshots],
         rounds: Rounds::Usual,
-        measure: snapshots::write,
+        measure: Measure::InTurn(snapshots::write),
     },
     Row {
         name: "snapshot-memory",
-        ours: "most resident memory while a snapshot of many keys is written",
-        theirs: "idle",
+        ours: "most resident memory of the leader while all nodes write a snapshot of many keys",
+        theirs: "idle before",
         figures: &[
             figure("at rest", "MB", Some(Goal::AtMost(1.3))),
             figure("under load", "MB", Some(Goal::AtMost(1.3))),
         ],
-        systems: &[System::InSnapshot],
+        // It starts its own.
+        systems: &[],
         rounds: Rounds::Usual,
-        measure: snapshots::memory,
+        measure: Measure::Together(snapshots::memory),
     },
     Row {
         name: "snapshot-load",
@@ -329,7 +348,7 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &[figure("bytes", "MB/s", None)],
         systems: &[System::InSnapshot],
         rounds: Rounds::Usual,
-        measure: snapshots::load,
+        measure: Measure::InTurn(snapshots::load),
     },
     Row {
         name: "restart",
@@ -338,7 +357,7 @@ pub(crate) const ROWS: &[Row] = &[
         figures: &[figure("time", "ms", None)],
         systems: &[System::InSnapshot, System::InLog],
         rounds: Rounds::Usual,
-        measure: snapshots::restart,
+        measure: Measure::InTurn(snapshots::restart),
     },
 ];
 

@@ -1,19 +1,24 @@
 //! What snapshots cost, and what they save.
 
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, scope};
 use std::time::{Duration, Instant};
 
 use super::rows::{Reading, Side};
-use super::systems::{Load, MANY_VALUE_BYTES, System, Systems};
-use crate::lab::cluster::write_snapshot;
+use super::systems::{Load, MANY_VALUE_BYTES, System, Systems, answered};
 use crate::lab::disk::dd_bytes_per_second;
 use crate::lab::usage::resident_bytes;
-use crate::options::Workload;
+use crate::options::{Options, Workload};
+use crate::run::{measure, measure_while};
 
 /// How often to look at a node's memory.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(5);
+
+/// A node is idle when its memory has stayed the same, to a hundredth, for so long.
+const IDLE_TIME: Duration = Duration::from_secs(1);
+
+/// How long it may take to become idle.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Writes to all keys, over 64 connections.
 fn writes(systems: &Systems) -> Load {
@@ -24,71 +29,65 @@ fn writes(systems: &Systems) -> Load {
     }
 }
 
-/// Our side writes snapshots on all nodes, one after the other without a pause, theirs none.
-pub(crate) fn put(systems: &mut Systems, side: Side) -> Result<Reading, String> {
+/// Writes while all nodes write snapshots, and then without for just as long. Only what starts while a snapshot is being
+/// written counts for the first: from the order to write one, given to all nodes at once, until the last node has it on
+/// disk and has given up the log before it; if that was quick, over and over for the time of a measurement.
+pub(crate) fn put(systems: &mut Systems) -> Result<[Reading; 2], String> {
     let load = writes(systems);
-    if side == Side::Theirs {
-        return systems.measure(&load).map(Reading::of_load);
-    }
+    let options = systems.options(&load)?;
     let cluster = systems.cluster(System::Snapshots)?;
-    let addresses: Vec<SocketAddr> = (0..cluster.size()).map(|index| cluster.address(index)).collect();
-    let (point, snapshots) = while_snapshots_are_written(&addresses, || systems.measure(&load))?;
-    let mut reading = Reading::of_load(point);
-    if snapshots == 0 {
-        reading.notes.push("no snapshot was finished meanwhile".to_owned());
-    }
-    Ok(reading)
+    let mut lasted = Duration::ZERO;
+    let meanwhile = measure_while(&options, load.connections, || {
+        let start = Instant::now();
+        while lasted < options.duration {
+            cluster.snapshot_everywhere()?;
+            lasted = start.elapsed();
+        }
+        Ok(())
+    })?;
+    let otherwise = measure(&Options { duration: lasted, ..options.clone() }, load.connections, None)?;
+    Ok([Reading::of_load(answered(meanwhile)?), Reading::of_load(answered(otherwise)?)])
 }
 
-/// Does `work` while each node writes one snapshot after the other; returns how many were finished meanwhile.
-fn while_snapshots_are_written<T>(
-    addresses: &[SocketAddr],
-    work: impl FnOnce() -> Result<T, String>,
-) -> Result<(T, u64), String> {
-    let stop = AtomicBool::new(false);
-    let finished = AtomicU64::new(0);
-    scope(|scope| {
-        let mut writers = Vec::new();
-        for address in addresses {
-            let body = || {
-                while !stop.load(Ordering::Relaxed) {
-                    write_snapshot(*address)?;
-                    finished.fetch_add(1, Ordering::Relaxed);
-                }
-                Ok::<_, String>(())
-            };
-            let writer = Builder::new().name("snapshots".to_owned()).spawn_scoped(scope, body);
-            writers.push(writer.map_err(|error| format!("failed to start a thread: {error}"))?);
-        }
-        let outcome = work();
-        let count = finished.load(Ordering::Relaxed);
-        stop.store(true, Ordering::Relaxed);
-        for writer in writers {
-            writer.join().map_err(|_| "a thread panicked".to_owned())??;
-        }
-        Ok((outcome?, count))
-    })
-}
-
-/// Of a node alone: what it has idle, and the most it has while it writes a snapshot, without a load and with one.
-///
-/// Either side begins with a restart and the same writes: what a process once had it may keep, so one that has written
+/// Of the leader: the most memory that it has while all nodes write a snapshot, without a load and with one, and what
+/// it had idle before. Each round has a cluster of its own: what a process once had it may keep, so one that has written
 /// a snapshot does not tell what it would have without.
-pub(crate) fn memory(systems: &mut Systems, side: Side) -> Result<Reading, String> {
-    restart_time(systems, System::InSnapshot)?;
-    systems.cluster(System::InSnapshot)?.wait_ready(0)?;
-    let load = Load { system: System::InSnapshot, ..writes(systems) };
-    systems.measure(&load)?;
-    let cluster = systems.cluster(System::InSnapshot)?;
-    let (pid, address) = (cluster.pid(0)?, cluster.address(0));
-    if side == Side::Theirs {
-        let bytes = resident_bytes(pid)? as f64 / 1e6;
-        return Ok(Reading::of([bytes, bytes]));
+pub(crate) fn memory(systems: &mut Systems) -> Result<[Reading; 2], String> {
+    systems.hold(&[])?;
+    systems.hold(&[System::Snapshots])?;
+    let load = writes(systems);
+    let options = systems.options(&load)?;
+    let cluster = systems.cluster(System::Snapshots)?;
+    let leader = cluster.leader()?;
+    let pid = cluster.pid(leader)?;
+    let idle = idle_memory(pid)? as f64 / 1e6;
+    let at_rest = most_memory_while(pid, || cluster.snapshot_everywhere())?;
+    let mut under_load = 0;
+    measure_while(&options, load.connections, || {
+        under_load = most_memory_while(pid, || cluster.snapshot_everywhere())?;
+        Ok(())
+    })?;
+    let mut most = Reading::of([at_rest as f64 / 1e6, under_load as f64 / 1e6]);
+    if cluster.leader()? != leader {
+        most.notes.push("another node leads now: some of it is a follower's memory".to_owned());
     }
-    let at_rest = most_memory_while(pid, || write_snapshot(address).map(|_| ()))?;
-    let under_load =
-        most_memory_while(pid, || while_snapshots_are_written(&[address], || systems.measure(&load)).map(|_| ()))?;
-    Ok(Reading::of([at_rest as f64 / 1e6, under_load as f64 / 1e6]))
+    Ok([most, Reading::of([idle; 2])])
+}
+
+fn idle_memory(pid: u32) -> Result<u64, String> {
+    let deadline = Instant::now() + IDLE_TIMEOUT;
+    let (mut bytes, mut since) = (resident_bytes(pid)?, Instant::now());
+    while since.elapsed() < IDLE_TIME {
+        if Instant::now() >= deadline {
+            return Err(format!("the memory of a node without a load went on changing for {IDLE_TIMEOUT:?}"));
+        }
+        std::thread::sleep(SAMPLE_INTERVAL);
+        let now = resident_bytes(pid)?;
+        if now.abs_diff(bytes) > bytes / 100 {
+            (bytes, since) = (now, Instant::now());
+        }
+    }
+    resident_bytes(pid)
 }
 
 fn most_memory_while(pid: u32, work: impl FnOnce() -> Result<(), String>) -> Result<u64, String> {

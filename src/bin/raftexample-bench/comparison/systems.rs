@@ -220,10 +220,17 @@ impl Systems {
         if load.workload != Workload::Put {
             self.cluster(load.system)?.fill(options.api, load.keys, load.value_bytes)?;
         }
-        let point = measure(&options, load.connections, None)?;
-        if point.latency.count == 0 {
-            return Err(format!("no request succeeded: {:?}", point.failures));
-        }
-        Ok(point)
+        measure(&options, load.connections, None).and_then(answered)
     }
+}
+
+/// A point of which there is something to compare.
+///
+/// # Errors
+/// One line, when no request succeeded.
+pub(crate) fn answered(point: Point) -> Result<Point, String> {
+    if point.latency.count == 0 {
+        return Err(format!("no request succeeded: {:?}", point.failures));
+    }
+    Ok(point)
 }

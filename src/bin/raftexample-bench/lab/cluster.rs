@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::{Builder, ScopedJoinHandle, scope};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -222,7 +223,32 @@ impl Cluster {
     /// # Errors
     /// One line.
     pub(crate) fn snapshot(&self, index: usize) -> Result<u64, String> {
-        write_snapshot(self.address(index))
+        write_snapshot(self.address(index)).map(|snapshot| snapshot.bytes)
+    }
+
+    /// Has all of our nodes write a snapshot at the same time, as they do by themselves after so many entries. Returns
+    /// when all are on disk, and the logs before them are given up.
+    ///
+    /// # Errors
+    /// One line.
+    pub(crate) fn snapshot_everywhere(&self) -> Result<(), String> {
+        let snapshots = scope(|scope| {
+            let mut writers = Vec::new();
+            for node in 0..self.size() {
+                let address = self.address(node);
+                let writer = Builder::new().name("snapshot".to_owned());
+                let writer = writer.spawn_scoped(scope, move || write_snapshot(address));
+                writers.push(writer.map_err(|error| format!("failed to start a thread: {error}"))?);
+            }
+            let join = |writer: ScopedJoinHandle<_>| writer.join().map_err(|_| "a thread panicked".to_owned())?;
+            writers.into_iter().map(join).collect::<Result<Vec<_>, String>>()
+        })?;
+        for (node, snapshot) in snapshots.iter().enumerate() {
+            wait_until("a log to begin behind its snapshot", SNAPSHOT_TIMEOUT, || {
+                Ok(self.status_number(node, "snapshot_index") >= snapshot.index)
+            })?;
+        }
+        Ok(())
     }
 
     /// Resident memory of a node in bytes.
@@ -359,11 +385,18 @@ impl Drop for Cluster {
     }
 }
 
-/// Has one of our nodes write a snapshot, and returns its size in bytes.
+/// A snapshot on disk.
+#[derive(Clone, Copy, Debug)]
+struct Snapshot {
+    index: u64,
+    bytes: u64,
+}
+
+/// Has one of our nodes write a snapshot.
 ///
 /// # Errors
 /// One line, with what the node says.
-pub(crate) fn write_snapshot(address: SocketAddr) -> Result<u64, String> {
+fn write_snapshot(address: SocketAddr) -> Result<Snapshot, String> {
     let url = format!("http://{address}/_/snapshot");
     let agent = ureq::Agent::config_builder().timeout_global(Some(SNAPSHOT_TIMEOUT)).http_status_as_error(false);
     let agent: ureq::Agent = agent.build().into();
@@ -373,11 +406,11 @@ pub(crate) fn write_snapshot(address: SocketAddr) -> Result<u64, String> {
         let mut answer = agent.post(&url).send_empty().map_err(|error| failed(error.to_string()))?;
         let text = answer.body_mut().read_to_string().map_err(|error| failed(error.to_string()))?;
         let json: Value = serde_json::from_str(&text).unwrap_or_default();
-        match (json["size"].as_u64(), answer.status().as_u16()) {
-            (Some(size), _) => return Ok(size),
+        match (json["index"].as_u64(), json["size"].as_u64(), answer.status().as_u16()) {
+            (Some(index), Some(bytes), _) => return Ok(Snapshot { index, bytes }),
             // It may not be done with the one before.
-            (None, 503) if Instant::now() < deadline => std::thread::sleep(POLL_INTERVAL),
-            (None, status) => return Err(failed(format!("{status} {}", json["detail"]))),
+            (_, _, 503) if Instant::now() < deadline => std::thread::sleep(POLL_INTERVAL),
+            (_, _, status) => return Err(failed(format!("{status} {}", json["detail"]))),
         }
     }
 }
