@@ -813,8 +813,11 @@ fn a_stop_answers_what_is_in_flight_and_ends_what_is_idle() {
     assert_eq!(idle.get("/size/1").status, 200);
     let mut half = Client::connect(&server);
     half.send("GET / HTTP/1.1\r\n");
+    let (pieces, pieces_rx) = mpsc::channel();
+    *paths.pieces.lock().unwrap() = Some(pieces);
     let mut streaming = Client::connect(&server);
     streaming.send("POST /stream HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
+    assert_eq!(pieces_rx.recv_timeout(DEADLINE).unwrap(), b"hello", "the service has begun with it");
     let mut busy = Client::connect(&server);
     busy.send(get("/wait") + &get("/count"));
     eventually("the request waits", || paths.waiting.load(Ordering::SeqCst));
