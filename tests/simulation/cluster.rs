@@ -721,11 +721,14 @@ impl<'t> World<'t> {
         Ok(false)
     }
 
-    /// A node has taken a hello. It must not, if it knows its sender by the data directory that was lost.
+    /// A node has taken a hello. It must not, if it knows its sender by what the lost data directory has held and this
+    /// one does not: by a later start than that of the copy, or by any if the directory was wiped. (A joiner that met it
+    /// once, long ago, and is no member can't know better.)
     fn has_met(&mut self, node: NodeId, peer: NodeId, now: Met) -> Checked {
         let machine = &self.machines[&peer];
         let known = self.met.entry((node, peer)).or_insert(now);
-        if machine.is_impostor(now.run) && !machine.is_impostor(known.run) {
+        let knows_better = !machine.is_impostor(known.run) && known.boots > machine.came_back_with;
+        if machine.is_impostor(now.run) && knows_better {
             return Err(format!(
                 "node {node} has met run {} of node {peer}, and takes run {} for it",
                 known.run, now.run

@@ -221,6 +221,8 @@ pub struct Machine {
     pub boots: u64,
     /// What somebody once copied of its data directory, and the boot counter in it.
     pub copy: Option<(u64, MemoryDisk)>,
+    /// The start whose directory it came back with when it had lost its own; 0 if that was wiped.
+    pub came_back_with: u64,
     /// Its data directory was lost after this run: wiped, or replaced by the copy. Later runs are impostors.
     pub lost_after: Option<u64>,
 }
@@ -248,6 +250,7 @@ impl Machine {
             disk_is_full: false,
             boots: 0,
             copy: None,
+            came_back_with: 0,
             lost_after: None,
         }
     }
@@ -270,10 +273,11 @@ impl Machine {
     }
 
     /// Replaces the data directory by another one, under the same id.
-    pub fn lose(&mut self, disk: MemoryDisk) {
+    pub fn lose(&mut self, disk: MemoryDisk, came_back_with: u64) {
         assert!(self.process.is_none(), "a directory is replaced while no node uses it");
         (self.disk, self.disk_is_full) = (disk, false);
         self.lost_after = Some(self.run);
+        self.came_back_with = came_back_with;
     }
 
     /// Starts a node on the disk as it is. One that is no founder is told of members by its `contacts`.

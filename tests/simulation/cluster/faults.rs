@@ -167,8 +167,8 @@ impl World<'_> {
         if self.process(id).is_some() {
             self.dies(id, Death::Kill, "its directory is replaced");
         }
-        let disk = copy.map_or_else(MemoryDisk::new, |(_, disk)| disk);
-        self.machines.get_mut(&id).expect("machines stay").lose(disk);
+        let (start, disk) = copy.unwrap_or_else(|| (0, MemoryDisk::new()));
+        self.machines.get_mut(&id).expect("machines stay").lose(disk, start);
         self.invariants.forgets(id);
         // What it knew of others is lost as well.
         self.met.retain(|(node, _), _| *node != id);
