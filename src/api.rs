@@ -93,10 +93,11 @@ impl<B: Backend> Api<B> {
             (Waiting::Read { key, condition, .. }, Some(Reply::Read(Ok(version)))) => {
                 keys::answer_read(&version, &key, &condition)
             }
-            // The applier is stuck or the node ends: what was published last is a stale read too.
-            (Waiting::Read { key, condition, stale: true }, _) => {
-                keys::answer_read(&self.backend.last_published(), &key, &condition)
-            }
+            // The applier is busy, stuck or gone. A version as new as what this node has answered is a stale read.
+            (Waiting::Read { key, condition, stale: true }, _) => match self.backend.newest() {
+                Some(version) => keys::answer_read(&version, &key, &condition),
+                None => answer::problem(&Refusal::Overloaded("the applier does not answer").into(), false),
+            },
             (Waiting::Read { .. }, Some(Reply::Read(Err(refusal)))) => answer::problem(&refusal.into(), false),
             (Waiting::Read { .. }, Some(_)) => unreachable!("a read is answered as a read"),
             (Waiting::Read { .. }, None) => answer::problem(&Refusal::NoLeader.into(), false),
@@ -225,14 +226,14 @@ impl<B: Backend> Service for Api<B> {
             }
             _ => return Begun::ForThread,
         };
-        let patience = match ask {
-            Ask::StaleRead => STALE_READ_TIMEOUT,
-            Ask::Write(_) | Ask::Read => self.limits.request_timeout,
+        let (patience, grace) = match ask {
+            Ask::StaleRead => (STALE_READ_TIMEOUT, Duration::ZERO),
+            Ask::Write(_) | Ask::Read => (self.limits.request_timeout, ANSWER_GRACE),
         };
         let deadline = now + patience;
         turn.push(ClientRequest { ask, deadline, reply: ReplyTo::Loop(caller) });
         let pending = Pending { waiting, method: head.method().clone(), began: now };
-        Begun::Waits(pending, deadline + ANSWER_GRACE)
+        Begun::Waits(pending, deadline + grace)
     }
 
     fn submit(&self, turn: &mut Vec<ClientRequest>) {

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,8 +32,8 @@ use crate::raft_log::SEGMENT_BYTES;
 use crate::replica::{Answer, Apply, FORWARDED_MAX, Host, Note, PENDING_READS_MAX, PENDING_WRITES_MAX, Replica};
 use crate::store::{Capture, Replacement};
 
-/// Events that wait for the driver. More than there are connections (each waits for its one request), so a client
-/// meets the limit only when the driver is stuck; it is then told 503. Peer connections wait, and TCP slows the peer.
+/// Events that wait for the driver, and requests of event loops in them. More than there are connections (each waits for
+/// its one request), so a client meets the limit only when the driver is stuck; it is then told 503. Peer connections wait, and TCP slows the peer.
 pub const EVENTS_MAX: usize = 8 * 1024;
 
 /// Bytes of peers' messages that wait for the driver, of all peers together; beyond them peer connections wait, in the
@@ -131,12 +131,40 @@ impl Room {
     }
 }
 
+/// How many requests of event loops wait for the driver. They come many in an event, so the queue's own limit does not
+/// count them.
+#[derive(Clone, Debug, Default)]
+pub struct QueuedRequests(Arc<AtomicUsize>);
+
+/// The part of [`QueuedRequests`] that one event holds until it is taken.
+#[derive(Debug)]
+pub struct QueueShare {
+    queued: Arc<AtomicUsize>,
+    requests: usize,
+}
+
+impl QueuedRequests {
+    /// Room for so many more; `None` if there would be more than [`EVENTS_MAX`].
+    pub fn admit(&self, requests: usize) -> Option<QueueShare> {
+        let queued = self.0.fetch_add(requests, Ordering::Relaxed);
+        // Dropped, it gives back what it holds.
+        let share = QueueShare { queued: self.0.clone(), requests };
+        (queued + requests <= EVENTS_MAX).then_some(share)
+    }
+}
+
+impl Drop for QueueShare {
+    fn drop(&mut self) {
+        self.queued.fetch_sub(self.requests, Ordering::Relaxed);
+    }
+}
+
 /// What happens to the driver.
 pub enum Event {
     /// A client's write or linearizable read.
     Client(ClientRequest),
     /// All of them that came to an event loop at once: at most one for each of its connections.
-    Clients(Vec<ClientRequest>),
+    Clients(Vec<ClientRequest>, QueueShare),
     /// A client's request to change the cluster.
     Admin {
         /// What is asked.
@@ -189,7 +217,7 @@ impl Event {
     fn refuse(self) {
         match self {
             Event::Client(request) => request.refuse(Refusal::Stopping),
-            Event::Clients(requests) => requests.into_iter().for_each(|request| request.refuse(Refusal::Stopping)),
+            Event::Clients(requests, _) => requests.into_iter().for_each(|request| request.refuse(Refusal::Stopping)),
             Event::Admin { reply, .. } => reply.send(Reply::Admin(AdminReply::Refused(Refusal::Stopping))),
             // The others hear of it when their place for an answer is dropped.
             _ => {}
@@ -537,7 +565,7 @@ impl Turn {
     ) -> Result<(), CoreError> {
         match event {
             Event::Client(request) => take_client(request, replica, host, started),
-            Event::Clients(requests) => {
+            Event::Clients(requests, _) => {
                 for request in requests {
                     take_client(request, replica, host, started);
                 }

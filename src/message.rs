@@ -237,9 +237,6 @@ pub trait Backend: Send + Sync + 'static {
     /// The same without waiting; `None` if the applier has to be asked, by [`Ask::StaleRead`].
     fn newest(&self) -> Option<Arc<Version>>;
 
-    /// The version that was published last, however old.
-    fn last_published(&self) -> Arc<Version>;
-
     /// The index of the last entry that is applied here, and how many keys there are.
     fn applied(&self) -> (u64, u64);
 

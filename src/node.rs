@@ -48,7 +48,7 @@ use crate::data_dir::{self, Beginning, OpenOptions, Received, SnapshotFiles};
 use crate::disk::{Disk, OsDisk};
 use crate::driver::{
     APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, FREE_BYTES_RESERVE, Measures, Offences,
-    PEER_BYTES_MAX, Progress, Room, ToApplier, ToSnapshotter,
+    PEER_BYTES_MAX, Progress, QueuedRequests, Room, ToApplier, ToSnapshotter,
 };
 use crate::gentle_disk::GentleDisk;
 use crate::http::{self, EventLoop, Mailbox};
@@ -137,7 +137,8 @@ impl ApplierThread {
                 Ok(ToApplier::SnapshotWanted) if self.schedule.has(self.applier.applied_index()) => {}
                 Ok(ToApplier::SnapshotWanted) => self.capture(None),
                 Ok(ToApplier::Snapshot(reply)) => self.capture(Some(reply)),
-                Err(RecvTimeoutError::Timeout) => {}
+                // What was published last may hold what is long overwritten.
+                Err(RecvTimeoutError::Timeout) => self.publish(&mut done, false),
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
             if self.is_snapshot_due() {
@@ -299,6 +300,7 @@ fn be_nice() {
 /// The node as its client connections see it.
 pub struct NodeBackend {
     events: Sender<Event>,
+    queued: QueuedRequests,
     applier: Sender<ToApplier>,
     publication: Arc<Publication>,
     watchers: Arc<Watchers>,
@@ -327,13 +329,51 @@ impl Session {
 impl NodeBackend {
     /// Waits for the applier to publish a version that is as new as it is.
     fn ask_applier(&self) -> Arc<Version> {
-        let mut session = Session::new();
+        let session = Session::new();
         let deadline = Instant::now() + STALE_READ_TIMEOUT;
-        let event = Event::Client(ClientRequest { ask: Ask::StaleRead, deadline, reply: session.reply_to() });
-        match self.ask(&mut session, event, deadline) {
-            Ok(Some(Reply::Read(Ok(version)))) => version,
+        self.submit_stale(vec![ClientRequest { ask: Ask::StaleRead, deadline, reply: session.reply_to() }]);
+        match session.replies.recv_deadline(deadline) {
+            Ok(Reply::Read(Ok(version))) => version,
             _ => self.publication.last(),
         }
+    }
+
+    /// Asks the applier itself: a stale read must not wait for the driver's disk.
+    fn submit_stale(&self, requests: Vec<ClientRequest>) {
+        if requests.is_empty() {
+            return;
+        }
+        let waiters = requests.into_iter().map(|request| request.reply).collect();
+        let sent = self.applier.try_send(ToApplier::Batch(vec![Apply::Reads(waiters)]));
+        let Err(TrySendError::Full(ToApplier::Batch(batch)) | TrySendError::Disconnected(ToApplier::Batch(batch))) =
+            sent
+        else {
+            return;
+        };
+        for apply in batch {
+            if let Apply::Reads(waiters) = apply {
+                let refused = |waiter: ReplyTo| waiter.send(Reply::Read(Err(Refusal::Overloaded(APPLIER_BUSY))));
+                waiters.into_iter().for_each(refused);
+            }
+        }
+    }
+
+    fn submit_to_driver(&self, requests: Vec<ClientRequest>) {
+        if requests.is_empty() {
+            return;
+        }
+        let Some(share) = self.queued.admit(requests.len()) else {
+            requests.into_iter().for_each(|request| request.refuse(Refusal::Overloaded(QUEUE_FULL)));
+            return;
+        };
+        let Err(error) = self.events.try_send(Event::Clients(requests, share)) else { return };
+        let (Event::Clients(requests, _), refusal) = (match error {
+            TrySendError::Full(event) => (event, Refusal::Overloaded(QUEUE_FULL)),
+            TrySendError::Disconnected(event) => (event, Refusal::Stopping),
+        }) else {
+            unreachable!("what was sent comes back");
+        };
+        requests.into_iter().for_each(|request| request.refuse(refusal.clone()));
     }
 
     /// Sends a request to the driver and waits for its answer. `None`: none came, and it will not be looked at later.
@@ -353,6 +393,9 @@ impl NodeBackend {
 /// What a client is told whose request finds no room in a queue.
 const QUEUE_FULL: &str = "the node's queue is full";
 
+/// What a stale read is told that finds no room in the applier's queue, and no version as new as what was answered.
+const APPLIER_BUSY: &str = "the applier has more to do than it can queue";
+
 fn refusal<T>(error: TrySendError<T>) -> Refusal {
     match error {
         TrySendError::Full(_) => Refusal::Overloaded(QUEUE_FULL),
@@ -371,14 +414,13 @@ impl Backend for NodeBackend {
         if requests.is_empty() {
             return;
         }
-        let Err(error) = self.events.try_send(Event::Clients(std::mem::take(requests))) else { return };
-        let (Event::Clients(requests), refusal) = (match error {
-            TrySendError::Full(event) => (event, Refusal::Overloaded(QUEUE_FULL)),
-            TrySendError::Disconnected(event) => (event, Refusal::Stopping),
-        }) else {
-            unreachable!("what was sent comes back");
-        };
-        requests.into_iter().for_each(|request| request.refuse(refusal.clone()));
+        let is_stale = |request: &ClientRequest| matches!(request.ask, Ask::StaleRead);
+        if !requests.iter().any(is_stale) {
+            return self.submit_to_driver(std::mem::take(requests));
+        }
+        let (stale, others) = requests.drain(..).partition(is_stale);
+        self.submit_stale(stale);
+        self.submit_to_driver(others);
     }
 
     fn write(&self, session: &mut Session, command: Bytes, deadline: Instant) -> WriteReply {
@@ -406,10 +448,6 @@ impl Backend for NodeBackend {
 
     fn newest(&self) -> Option<Arc<Version>> {
         self.publication.newest()
-    }
-
-    fn last_published(&self) -> Arc<Version> {
-        self.publication.last()
     }
 
     fn applied(&self) -> (u64, u64) {
@@ -720,6 +758,7 @@ impl Node {
         };
         let backend = NodeBackend {
             events: events_tx.clone(),
+            queued: QueuedRequests::default(),
             applier: applier_tx.clone(),
             publication: publication.clone(),
             watchers: watchers.clone(),

@@ -2,8 +2,9 @@
 //!
 //! A published version shares the store's nodes, so every write behind it copies the nodes it changes: with a version
 //! for every batch, that copying is most of what a write costs at the applier. So while nobody reads on this node,
-//! only the numbers are published, and a reader who finds the version older than they are asks the applier for a new
-//! one. Who reads often finds one for every batch.
+//! only the numbers are published, and a version once a second, so that what was overwritten does not stay in memory; a
+//! reader who finds the version older than the numbers asks the applier for a new one. Who reads often finds one for
+//! every batch.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,6 +26,8 @@ pub struct Publication {
     started: Instant,
     /// When a reader has asked last, in milliseconds since `started`.
     asked_at: AtomicU64,
+    /// When a version was published last, likewise.
+    published_at: AtomicU64,
 }
 
 impl Publication {
@@ -37,6 +40,7 @@ impl Publication {
             bytes: AtomicU64::new(0),
             started: Instant::now(),
             asked_at: AtomicU64::new(0),
+            published_at: AtomicU64::new(0),
         };
         publication.publish(version);
         publication
@@ -75,9 +79,12 @@ impl Publication {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Whether somebody has read lately. For the applier.
+    /// Whether somebody has read lately, or the last version is old. For the applier.
     pub fn is_wanted(&self) -> bool {
-        self.millis() - self.asked_at.load(Ordering::Relaxed) < DEMAND_INTERVAL.as_millis() as u64
+        let (now, interval) = (self.millis(), DEMAND_INTERVAL.as_millis() as u64);
+        // A reader's clock may be a millisecond ahead.
+        let since = |at: &AtomicU64| now.saturating_sub(at.load(Ordering::Relaxed));
+        since(&self.asked_at) < interval || since(&self.published_at) >= interval
     }
 
     /// Says how far the state has come. For the applier, before it answers anyone.
@@ -91,6 +98,7 @@ impl Publication {
     pub fn publish(&self, version: Version) -> Arc<Version> {
         let version = Arc::new(version);
         self.version.store(version.clone());
+        self.published_at.store(self.millis(), Ordering::Relaxed);
         self.note(version.applied_index(), version.keys() as u64, version.bytes());
         version
     }
@@ -118,5 +126,22 @@ mod tests {
         assert!(publication.is_wanted(), "somebody has asked");
         publication.publish(state.version());
         assert_eq!(publication.newest().unwrap().applied_index(), 1);
+    }
+
+    #[test]
+    fn a_reader_whose_clock_is_ahead_harms_nobody() {
+        let publication = Publication::new(Version::default());
+        publication.asked_at.store(publication.millis() + 1000, Ordering::Relaxed);
+        assert!(publication.is_wanted());
+    }
+
+    #[test]
+    fn an_old_version_is_replaced_although_nobody_reads() {
+        let publication = Publication::new(Version::default());
+        let past = Instant::now().checked_sub(DEMAND_INTERVAL * 3).unwrap();
+        let publication = Publication { started: past, ..publication };
+        assert!(publication.is_wanted(), "published three intervals ago");
+        publication.publish(Version::default());
+        assert!(!publication.is_wanted(), "asked three intervals ago, and published just now");
     }
 }

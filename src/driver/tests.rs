@@ -146,7 +146,10 @@ fn at_its_end_the_driver_sends_its_last_messages_and_refuses_who_comes_late() {
             let (deadline, reply) = (Instant::now() + DEADLINE, ReplyTo::Thread(reply.clone()));
             ClientRequest { ask, deadline, reply }
         };
-        let late = Event::Clients(vec![request(Ask::Read), request(Ask::Write(bytes::Bytes::from_static(b"command")))]);
+        let late = Event::Clients(
+            vec![request(Ask::Read), request(Ask::Write(bytes::Bytes::from_static(b"command")))],
+            QueuedRequests::default().admit(2).unwrap(),
+        );
         driver.network.late = Some((events.clone(), late));
         events.send(end.0).unwrap();
         let ended = driver.run().unwrap();
@@ -157,4 +160,17 @@ fn at_its_end_the_driver_sends_its_last_messages_and_refuses_who_comes_late() {
             [Reply::Read(Err(Refusal::Stopping)), Reply::Write(WriteReply::NotApplied(Refusal::Stopping))]
         ));
     }
+}
+
+#[test]
+fn requests_in_events_are_counted() {
+    let queued = QueuedRequests::default();
+    let half = queued.admit(EVENTS_MAX / 2).unwrap();
+    let rest = queued.admit(EVENTS_MAX - EVENTS_MAX / 2).unwrap();
+    assert!(queued.admit(1).is_none());
+    assert!(queued.admit(1).is_none(), "what was not admitted is not counted");
+    drop(half);
+    assert!(queued.admit(1).is_some());
+    drop(rest);
+    assert!(queued.admit(EVENTS_MAX).is_some());
 }

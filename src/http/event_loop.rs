@@ -186,7 +186,7 @@ impl<S: Service> Runner<S> {
 
     /// `false`: this was the last time.
     fn read_mail(&mut self) -> bool {
-        // Not more than there is room for: who keeps writing must not keep the sockets waiting.
+        // It has an end: each connection waits for one reply.
         let mail: Vec<Letter<S::Reply>> = self.event_loop.letters().collect();
         for letter in mail {
             match letter {
@@ -308,6 +308,8 @@ impl<S: Service> Runner<S> {
                     Err(_) => return Arrived::Odd,
                 };
                 if let Some((span, length)) = *whole {
+                    // A stop waits for its body.
+                    connection.place.set_answering();
                     connection.deadline = self.now + allowance(self.limits.body_timeout, (length - span.end) as u64);
                     self.next_sweep = self.next_sweep.min(connection.deadline);
                 }
@@ -319,7 +321,10 @@ impl<S: Service> Runner<S> {
                 _ if !connection.readable => return Arrived::Part,
                 _ => {}
             }
+            let has_head = whole.is_some();
             match connection.read() {
+                // Its client is told that the body broke off, or that this server stops.
+                Ok(0) if has_head => return Arrived::Odd,
                 Ok(0) => return Arrived::End,
                 Ok(_) if !begun => {
                     connection.deadline = self.now + self.limits.head_timeout;
@@ -351,12 +356,12 @@ impl<S: Service> Runner<S> {
         };
         match self.service.begin(&mut self.turn, &head, &bytes[span.end..], caller, self.now) {
             Begun::Answered(response) => {
-                connection.input.take(length);
+                connection.consume(length);
                 connection.state = State::reading();
                 self.deliver(connection, response, delivery)
             }
             Begun::Waits(pending, until) => {
-                connection.input.take(length);
+                connection.consume(length);
                 connection.state = State::Waiting { serial: ticket.serial, pending, delivery };
                 connection.deadline = until;
                 self.next_sweep = self.next_sweep.min(until);
@@ -401,7 +406,7 @@ impl<S: Service> Runner<S> {
                 self.expire(connection);
             }
         }
-        // What was begun meanwhile has set its own deadline, if it is earlier.
+        // An earlier deadline of an answer that was written just now is looked at a second late.
         self.next_sweep = next.max(self.now + SWEEP_INTERVAL_MIN);
     }
 
@@ -427,13 +432,17 @@ impl<S: Service> Runner<S> {
             debug!("closing the connection from {peer}: failed to give it to a thread: {error}");
             return;
         }
+        let owes_answer = matches!(beginning, Beginning::Request { .. });
         let builder = thread::Builder::new().name(format!("{}-{}", self.name, place.slot()));
         let (service, limits, registry) = (Arc::clone(&self.service), Arc::clone(&self.limits), place.registry());
         let run = move || connection::run(&*service, &limits, &place, peer, beginning);
         if let Err(error) = builder.stack_size(self.limits.stack_bytes).spawn(run) {
             warn!("failed to start a thread for a connection: {error}");
             registry.count_refused();
-            turn_away(&*self.service, &mut self.encoder, stream, "no thread for this connection");
+            // Behind a part of an answer the client would take it for the rest.
+            if owes_answer {
+                turn_away(&*self.service, &mut self.encoder, stream, "no thread for this connection");
+            }
         }
     }
 }
@@ -458,6 +467,14 @@ impl<P> Connection<P> {
             Err(_) => false,
         };
         result
+    }
+
+    /// Uses up a request's bytes, and gives back the room that a large one needed.
+    fn consume(&mut self, length: usize) {
+        self.input.take(length);
+        if self.input.is_empty() {
+            self.input.clear();
+        }
     }
 
     fn take_input(&mut self) -> Input {

@@ -864,6 +864,16 @@ fn a_stop_waits_for_bodies_that_are_on_their_way() {
 }
 
 #[test]
+fn a_body_that_breaks_off_is_refused() {
+    let (_, server) = start();
+    let mut client = Client::connect(&server);
+    client.send("PUT /echo HTTP/1.1\r\nHost: test\r\nContent-Length: 5\r\n\r\nhel");
+    client.stream.shutdown(Shutdown::Write).unwrap();
+    let answer = client.answer();
+    assert_eq!((answer.status, answer.closes()), (400, true));
+}
+
+#[test]
 fn a_stop_is_quick_when_many_connections_are_idle() {
     let (_, server) = start();
     let mut clients: Vec<Client> = (0..100).map(|_| Client::connect(&server)).collect();

@@ -190,10 +190,6 @@ impl Backend for Arc<Fake> {
         (state.stale_reads % 2 == 1).then(|| Arc::new(state.machine.version()))
     }
 
-    fn last_published(&self) -> Arc<Version> {
-        Arc::new(self.state().machine.version())
-    }
-
     fn applied(&self) -> (u64, u64) {
         let state = self.state();
         (state.machine.applied_index(), state.machine.keys() as u64)
