@@ -268,6 +268,8 @@ pub struct World<'t> {
     changes: Vec<AdminRequest>,
     /// Attempts that failed since the count began.
     attempts_failed: u64,
+    /// Writes whose node did not see them applied, because a snapshot that it received held them already.
+    hidden_by_snapshots: u64,
     /// Lost members that were removed when all was healed, and who takes their place.
     to_replace: BTreeMap<NodeId, Option<NodeId>>,
 }
@@ -328,6 +330,7 @@ impl<'t> World<'t> {
             clients_act: true,
             changes: Vec::new(),
             attempts_failed: 0,
+            hidden_by_snapshots: 0,
             to_replace: BTreeMap::new(),
         }
     }
@@ -602,8 +605,10 @@ impl<'t> World<'t> {
             match done {
                 Done::Write(reply) => {
                     self.trace.note(now, format_args!("client {} of {id}: {reply:?}", waiter.client));
-                    if !matches!(reply, WriteReply::Applied(_)) {
-                        self.attempts_failed += 1;
+                    match reply {
+                        WriteReply::Applied(_) => {}
+                        WriteReply::Unknown(_) => self.hidden_by_snapshots += 1,
+                        WriteReply::NotApplied(_) => self.attempts_failed += 1,
                     }
                     client.write_ended(&reply, &mut self.history, now)?;
                 }
