@@ -2,7 +2,8 @@
 //!
 //! The node that took a request asks the leader, and asks again when the leader changes or does not answer; the leader
 //! works on one request at a time, step by step as [`crate::reconfiguration`] plans it, and refuses a second one. Both
-//! sides forget everything at a crash: the plan starts from the membership as it is.
+//! sides forget everything at a crash: the plan starts from the membership as it is. What a leader has answered it
+//! remembers for its term: a question that comes again, or late, must not do what its client was told is not done.
 //!
 //! An answer says at which index the request was done; the asking node tells its client when it has applied that
 //! index itself, so that the client's next question here sees the change.
@@ -38,6 +39,32 @@ struct Pending<W> {
     leaders_asked: u32,
     /// Done once this index is handed out here.
     done_at: Option<u64>,
+}
+
+/// What the leader of a term has answered to one node: its latest answers, at most [`PENDING_ADMIN_MAX`], by the
+/// requests' boot and sequence.
+#[derive(Default)]
+struct Answered {
+    outcomes: BTreeMap<(u64, u64), AdminOutcome>,
+    /// Up to here an answer may have been forgotten.
+    forgotten: (u64, u64),
+}
+
+impl Answered {
+    fn outcome(&self, id: RequestId) -> Option<AdminOutcome> {
+        let name = (id.boot, id.sequence);
+        let forgotten = (name <= self.forgotten).then_some(AdminOutcome::Unknown);
+        self.outcomes.get(&name).cloned().or(forgotten)
+    }
+
+    fn note(&mut self, id: RequestId, outcome: AdminOutcome) {
+        self.outcomes.insert((id.boot, id.sequence), outcome);
+        if self.outcomes.len() > PENDING_ADMIN_MAX
+            && let Some((name, _)) = self.outcomes.pop_first()
+        {
+            self.forgotten = self.forgotten.max(name);
+        }
+    }
 }
 
 /// The request that this node, as leader, works on.
@@ -82,13 +109,15 @@ pub struct Surroundings<'a> {
 pub struct Administration<W> {
     pending: BTreeMap<u64, Pending<W>>,
     leading: Option<Leading>,
+    /// The answers of this node as the leader of a term, by who asked.
+    answered: (u64, BTreeMap<NodeId, Answered>),
     /// Since when the configuration is joint without a change under way, in ticks.
     joint_since: Option<u64>,
 }
 
 impl<W> Default for Administration<W> {
     fn default() -> Self {
-        Administration { pending: BTreeMap::new(), leading: None, joint_since: None }
+        Administration { pending: BTreeMap::new(), leading: None, answered: (0, BTreeMap::new()), joint_since: None }
     }
 }
 
@@ -139,8 +168,12 @@ impl<W> Administration<W> {
             };
             host.answer(pending.waiter, Answer::Admin(reply));
         }
-        if self.leading.as_ref().is_some_and(|leading| around.ticks - leading.asked > 2 * around.election_ticks) {
-            self.leading = None;
+        let forgotten = |leading: &mut Leading| around.ticks - leading.asked > 2 * around.election_ticks;
+        if let Some(leading) = self.leading.take_if(forgotten)
+            && leading.acted.is_some()
+        {
+            // Should its origin be heard from again, a plan made anew could not tell what was done for it.
+            self.note_answer(leading.id, AdminOutcome::Unknown, core);
         }
         self.lead_unasked(core, around);
     }
@@ -200,7 +233,7 @@ impl<W> Administration<W> {
                     own.push((id, request));
                     true
                 }
-                false => host.send(followed.0, PeerMessage::AdminForward { id, request }),
+                false => host.send(followed.0, PeerMessage::AdminForward { term: followed.1, id, request }),
             };
             if asked {
                 pending.asked = Some((followed, around.ticks));
@@ -225,8 +258,10 @@ impl<W> Administration<W> {
             // The origin asks again when it knows the new leader.
             return;
         }
+        let answered = self.answers_of(core).get(&id.node).and_then(|answered| answered.outcome(id));
         match &mut self.leading {
             Some(leading) if leading.id == id => leading.asked = around.ticks,
+            _ if let Some(outcome) = answered => self.tell(id, outcome, core, host),
             // An earlier change may still be under way, of this very request through an earlier leader too.
             None => {
                 let (since, asked) = (around.ticks, around.ticks);
@@ -279,7 +314,26 @@ impl<W> Administration<W> {
         self.answer(id, outcome, core, host);
     }
 
+    /// What was answered in this term.
+    fn answers_of(&mut self, core: &RaftCore) -> &mut BTreeMap<NodeId, Answered> {
+        let (term, answered) = &mut self.answered;
+        if *term != core.term() {
+            *term = core.term();
+            answered.clear();
+        }
+        answered
+    }
+
+    fn note_answer(&mut self, id: RequestId, outcome: AdminOutcome, core: &RaftCore) {
+        self.answers_of(core).entry(id.node).or_default().note(id, outcome);
+    }
+
     fn answer(&mut self, id: RequestId, outcome: AdminOutcome, core: &RaftCore, host: &mut impl Host<W>) {
+        self.note_answer(id, outcome.clone(), core);
+        self.tell(id, outcome, core, host);
+    }
+
+    fn tell(&mut self, id: RequestId, outcome: AdminOutcome, core: &RaftCore, host: &mut impl Host<W>) {
         if id.node == core.id() {
             self.answered(id, outcome, host);
         } else {

@@ -453,7 +453,8 @@ pub struct ForwardedWrite {
     pub data: Bytes,
 }
 
-/// Why forwarded writes were not proposed. None of them will be applied because of this message; an earlier copy may.
+/// Why forwarded writes were not proposed. None of them will be applied because of that forward, however often it
+/// arrives; an earlier one may have put them into a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ForwardRefusal {
     /// The receiver does not lead.
@@ -486,8 +487,17 @@ pub enum AdminOutcome {
 pub enum PeerMessage {
     /// Raft's own.
     Raft(Message),
-    /// Writes for the leader. Raft's `MsgPropose` never travels.
-    Forward(Vec<ForwardedWrite>),
+    /// Writes for a leader. Raft's `MsgPropose` never travels.
+    Forward {
+        /// The leader's term: in another one nobody takes them.
+        term: u64,
+        /// The origin's boot, as in a [`RequestId`].
+        boot: u64,
+        /// Counts the forwards of that boot from 1, so that a copy of one that came before is known as such.
+        number: u64,
+        /// The writes.
+        writes: Vec<ForwardedWrite>,
+    },
     /// The answer to a [`PeerMessage::Forward`] that was not proposed. Success is seen in the log.
     ForwardRefused {
         /// The refused writes.
@@ -495,9 +505,11 @@ pub enum PeerMessage {
         /// Why.
         reason: ForwardRefusal,
     },
-    /// An admin request for the leader.
+    /// An admin request for a leader.
     AdminForward {
-        /// Names the request.
+        /// The leader's term: in another one nobody takes it.
+        term: u64,
+        /// Names the request. A leader that is asked twice in one term says the same twice.
         id: RequestId,
         /// What is asked.
         request: AdminRequest,
@@ -519,7 +531,7 @@ impl PeerMessage {
                 MessageType::MsgAppend | MessageType::MsgSnapshot | MessageType::MsgPropose => Lane::Bulk,
                 _ => Lane::Fast,
             },
-            PeerMessage::Forward(_) => Lane::Bulk,
+            PeerMessage::Forward { .. } => Lane::Bulk,
             PeerMessage::ForwardRefused { .. } | PeerMessage::AdminForward { .. } | PeerMessage::AdminAnswer { .. } => {
                 Lane::Fast
             }
@@ -531,8 +543,9 @@ impl PeerMessage {
         FRAME_OVERHEAD_BYTES
             + match self {
                 PeerMessage::Raft(message) => message.compute_size() as usize,
-                PeerMessage::Forward(writes) => {
-                    4 + writes.iter().map(|w| REQUEST_ID_BYTES + 4 + w.data.len()).sum::<usize>()
+                PeerMessage::Forward { writes, .. } => {
+                    let writes = writes.iter().map(|write| REQUEST_ID_BYTES + 4 + write.data.len());
+                    3 * 8 + 4 + writes.sum::<usize>()
                 }
                 PeerMessage::ForwardRefused { ids, reason } => {
                     4 + REQUEST_ID_BYTES * ids.len()
@@ -542,7 +555,7 @@ impl PeerMessage {
                             ForwardRefusal::Full(text) => 5 + text.len(),
                         }
                 }
-                PeerMessage::AdminForward { request, .. } => REQUEST_ID_BYTES + admin_request_bytes(request),
+                PeerMessage::AdminForward { request, .. } => 8 + REQUEST_ID_BYTES + admin_request_bytes(request),
                 PeerMessage::AdminAnswer { outcome, .. } => {
                     REQUEST_ID_BYTES
                         + match outcome {
@@ -587,7 +600,10 @@ impl PeerMessage {
                 message.write_to_vec(out).expect("a Vec takes everything, and proto3 has no required fields");
                 KIND_RAFT
             }
-            PeerMessage::Forward(writes) => {
+            PeerMessage::Forward { term, boot, number, writes } => {
+                put_u64(out, *term);
+                put_u64(out, *boot);
+                put_u64(out, *number);
                 put_count(out, writes.len());
                 for write in writes {
                     put_request_id(out, write.id);
@@ -601,7 +617,8 @@ impl PeerMessage {
                 put_forward_refusal(out, reason);
                 KIND_FORWARD_REFUSED
             }
-            PeerMessage::AdminForward { id, request } => {
+            PeerMessage::AdminForward { term, id, request } => {
+                put_u64(out, *term);
                 put_request_id(out, *id);
                 put_admin_request(out, request);
                 KIND_ADMIN_FORWARD
@@ -621,12 +638,13 @@ impl PeerMessage {
         let message = match kind {
             KIND_RAFT => return raft_message(payload).map(|message| Some(PeerMessage::Raft(message))),
             KIND_FORWARD => {
+                let (term, boot, number) = (fields.u64()?, fields.u64()?, fields.u64()?);
                 let mut writes = Vec::with_capacity(fields.count(REQUEST_ID_BYTES + 4)?);
                 for _ in 0..writes.capacity() {
                     let id = request_id(&mut fields)?;
                     writes.push(ForwardedWrite { id, data: payload.slice_ref(fields.bytes(FRAME_BYTES_MAX)?) });
                 }
-                PeerMessage::Forward(writes)
+                PeerMessage::Forward { term, boot, number, writes }
             }
             KIND_FORWARD_REFUSED => {
                 let count = fields.count(REQUEST_ID_BYTES)?;
@@ -634,7 +652,8 @@ impl PeerMessage {
                 PeerMessage::ForwardRefused { ids, reason: forward_refusal(&mut fields)? }
             }
             KIND_ADMIN_FORWARD => {
-                PeerMessage::AdminForward { id: request_id(&mut fields)?, request: admin_request(&mut fields)? }
+                let (term, id) = (fields.u64()?, request_id(&mut fields)?);
+                PeerMessage::AdminForward { term, id, request: admin_request(&mut fields)? }
             }
             KIND_ADMIN_ANSWER => {
                 PeerMessage::AdminAnswer { id: request_id(&mut fields)?, outcome: admin_outcome(&mut fields)? }
@@ -1183,8 +1202,8 @@ mod tests {
         let mut all = vec![
             full(),
             append(&[b"one", b"", b"three"]),
-            PeerMessage::Forward(vec![forward(b"put"), forward(b"")]),
-            PeerMessage::Forward(vec![]),
+            PeerMessage::Forward { term: 7, boot: 8, number: 9, writes: vec![forward(b"put"), forward(b"")] },
+            PeerMessage::Forward { term: u64::MAX, boot: 0, number: u64::MAX, writes: vec![] },
         ];
         for reason in
             [ForwardRefusal::NotLeader { leader: 3 }, ForwardRefusal::Dropped, ForwardRefusal::Full("é".into())]
@@ -1196,7 +1215,7 @@ mod tests {
         for voter in [None, Some(false), Some(true)] {
             requests.push(AdminRequest::AddMember { id: 4, url: url.clone(), voter });
         }
-        all.extend(requests.into_iter().map(|request| PeerMessage::AdminForward { id, request }));
+        all.extend(requests.into_iter().map(|request| PeerMessage::AdminForward { term: 7, id, request }));
         let refusals = [
             Refusal::NoLeader,
             Refusal::Overloaded("the leader is overloaded"),
@@ -1414,8 +1433,13 @@ mod tests {
         for message in [
             append(&[&too_long]),
             append(&vec![&b""[..]; ELEMENTS_MAX]),
-            PeerMessage::Forward(vec![ForwardedWrite { id: request(1), data: too_long.into() }]),
-            PeerMessage::AdminForward { id: request(1), request: long_url },
+            PeerMessage::Forward {
+                term: 7,
+                boot: 8,
+                number: 9,
+                writes: vec![ForwardedWrite { id: request(1), data: too_long.into() }],
+            },
+            PeerMessage::AdminForward { term: 7, id: request(1), request: long_url },
         ] {
             assert!(!message.is_within_limits());
         }

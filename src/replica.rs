@@ -11,8 +11,9 @@
 //!
 //! **Honest ends.** A write that was never handed over when its deadline comes was surely not applied. From the first
 //! hand-over on some log may hold it, whatever a peer says later, so its end is unknown until it is seen applied. There
-//! is one exception: handed over once, to a leader that says that it is full, a write is in no log. That counts on a
-//! message arriving at most once, which the transport promises: it sends nothing again.
+//! is one exception: handed over once, to a leader that says that it is full, a write is in no log and will be in none.
+//! For a forward is for the leader of one term, who takes those of one origin only in their order: a second copy of it,
+//! or one that has been under way for long, is taken by nobody.
 //!
 //! **Full.** While the store or the disk is full ([`Replica::set_full`]), a PUT is refused where its client enters, and
 //! by the leader if another node forwards it. Everything else goes on: a DELETE is how room is made.
@@ -261,6 +262,10 @@ pub struct Replica<W> {
     writes: Writes<W>,
     reads: Reads<W>,
     forwarded: Vec<(NodeId, ForwardedWrite)>,
+    /// Forwards of this boot, so far.
+    forwards: u64,
+    /// The last forward of each origin that this node looked at as leader: its term, boot and number.
+    last_forwards: BTreeMap<NodeId, (u64, u64, u64)>,
     followed: (NodeId, u64),
     /// When each peer was last heard from, in ticks and in time.
     heard: BTreeMap<NodeId, (u64, Duration)>,
@@ -284,6 +289,8 @@ impl<W> Replica<W> {
             writes: Writes { sequence: 0, pending: BTreeMap::new(), next: Vec::new() },
             reads: Reads { waiting: VecDeque::new(), issued: 0, under_way: None, confirmed: Vec::new() },
             forwarded: Vec::new(),
+            forwards: 0,
+            last_forwards: BTreeMap::new(),
             followed: (raft::INVALID_ID, 0),
             heard: BTreeMap::new(),
             spoken: BTreeMap::new(),
@@ -436,11 +443,17 @@ impl<W> Replica<W> {
                     }
                 }
             }
-            PeerMessage::Forward(writes) => self.take_forwarded(from, writes, host),
+            PeerMessage::Forward { term, boot, number, writes } => {
+                self.take_forwarded(from, (term, boot, number), writes, host);
+            }
             PeerMessage::ForwardRefused { ids, reason } => self.forward_refused(&ids, &reason, host),
-            PeerMessage::AdminForward { id, request } => {
-                let around = surroundings!(self);
-                self.administration.asked(id, request, &self.core, &around, host);
+            PeerMessage::AdminForward { term, id, request } => {
+                if id.node != from {
+                    host.offended(from, Offence::Malformed("forwarded request"));
+                } else if term == self.core.term() {
+                    let around = surroundings!(self);
+                    self.administration.asked(id, request, &self.core, &around, host);
+                }
             }
             PeerMessage::AdminAnswer { id, outcome } if id.node == self.core.id() && id.boot == self.boot => {
                 self.administration.answered(id, outcome, host);
@@ -450,7 +463,13 @@ impl<W> Replica<W> {
         Ok(())
     }
 
-    fn take_forwarded(&mut self, from: NodeId, writes: Vec<ForwardedWrite>, host: &mut impl Host<W>) {
+    fn take_forwarded(
+        &mut self,
+        from: NodeId,
+        name: (u64, u64, u64),
+        writes: Vec<ForwardedWrite>,
+        host: &mut impl Host<W>,
+    ) {
         // What no state machine could read would end every node that applies it, at each of its starts.
         let sound = |write: &ForwardedWrite| {
             write.id.node == from && write.data.len() <= COMMAND_BYTES_MAX && Command::decode(&write.data).is_ok()
@@ -460,7 +479,18 @@ impl<W> Replica<W> {
             return;
         }
         let writes = writes.into_iter().map(|write| (from, write));
-        if !self.core.is_leader() || self.forwarded.len() + writes.len() > FORWARDED_MAX {
+        if !self.core.is_leader() || name.0 != self.core.term() {
+            refuse(writes.collect(), self.refusal(), host);
+            return;
+        }
+        let last = self.last_forwards.entry(from).or_default();
+        if name <= *last {
+            // A copy, whose first was answered, or one that a later forward has overtaken: it counts as lost, and its
+            // origin hands over again.
+            return;
+        }
+        *last = name;
+        if self.forwarded.len() + writes.len() > FORWARDED_MAX {
             refuse(writes.collect(), self.refusal(), host);
             return;
         }
@@ -756,7 +786,9 @@ impl<W> Replica<W> {
             let batch = self.next_batch();
             let sequences: Vec<u64> = batch.iter().map(|(id, _)| id.sequence).collect();
             let writes = batch.into_iter().map(|(id, data)| ForwardedWrite { id, data }).collect();
-            let sent = host.send(leader, PeerMessage::Forward(writes));
+            self.forwards += 1;
+            let (term, boot, number) = (self.core.term(), self.boot, self.forwards);
+            let sent = host.send(leader, PeerMessage::Forward { term, boot, number, writes });
             if sent {
                 host.note(Note::Forwarded(sequences.len()));
             }
@@ -974,6 +1006,7 @@ mod tests {
     use crate::command::Condition;
     use crate::fixtures::{ELECTION_TICKS, core_on, founders, log_on, voter_and_learner, write_committed};
     use crate::memory_disk::MemoryDisk;
+    use crate::peer_protocol::AdminOutcome;
     use crate::raft_core::{FOUNDING_INDEX, FOUNDING_TERM};
 
     /// Keeps what a replica puts out.
@@ -1016,7 +1049,7 @@ mod tests {
         /// The names of the writes that were forwarded since the last call.
         fn forwarded(&mut self) -> Vec<RequestId> {
             let forwards = std::mem::take(&mut self.sent).into_iter().filter_map(|(_, message)| match message {
-                PeerMessage::Forward(writes) => Some(writes),
+                PeerMessage::Forward { writes, .. } => Some(writes),
                 _ => None,
             });
             forwards.flatten().map(|write| write.id).collect()
@@ -1123,11 +1156,41 @@ mod tests {
         let last_index = leader.core().last_index();
         let id = |sequence| RequestId { node: 2, boot: 1, sequence };
         let writes = vec![ForwardedWrite { id: id(1), data: put() }, ForwardedWrite { id: id(2), data: delete() }];
-        leader.peer(2, PeerMessage::Forward(writes), &mut kept).unwrap();
+        let forward = forward_to(&leader, 1, writes);
+        leader.peer(2, forward.clone(), &mut kept).unwrap();
         leader.process(&mut kept).unwrap();
         assert_eq!(leader.core().last_index(), last_index + 1);
         let reason = ForwardRefusal::Full("full".to_owned());
         assert_eq!(kept.sent, [(2, PeerMessage::ForwardRefused { ids: vec![id(1)], reason })]);
+
+        // Its client has been told that it was not applied and never will be: a copy that arrives once there is room
+        // must not change that.
+        leader.set_full(None);
+        leader.peer(2, forward, &mut kept).unwrap();
+        leader.process(&mut kept).unwrap();
+        assert_eq!((leader.core().last_index(), kept.sent.len()), (last_index + 1, 1));
+        let again = forward_to(&leader, 2, vec![ForwardedWrite { id: id(3), data: put() }]);
+        leader.peer(2, again, &mut kept).unwrap();
+        leader.process(&mut kept).unwrap();
+        assert_eq!(leader.core().last_index(), last_index + 2);
+    }
+
+    #[test]
+    fn a_forward_to_the_leader_of_an_earlier_term_is_refused() {
+        let (mut leader, mut kept) = leader_of(&founders(1), &[]);
+        let last_index = leader.core().last_index();
+        for (term, proposed) in
+            [(leader.core().term() - 1, 0), (leader.core().term() + 1, 0), (leader.core().term(), 1)]
+        {
+            let writes = vec![ForwardedWrite { id: id(2, 1), data: put() }];
+            let forward = PeerMessage::Forward { term, boot: 1, number: 1, writes };
+            leader.peer(2, forward, &mut kept).unwrap();
+            leader.process(&mut kept).unwrap();
+            assert_eq!(leader.core().last_index(), last_index + proposed, "{term}");
+        }
+        let ids = vec![id(2, 1)];
+        let refusal = PeerMessage::ForwardRefused { ids, reason: ForwardRefusal::Dropped };
+        assert_eq!(kept.sent, [(2, refusal.clone()), (2, refusal)], "it is to hand the write over again");
     }
 
     #[test]
@@ -1156,8 +1219,14 @@ mod tests {
         replica.tick(LATER, &mut kept);
         assert!(matches!(&kept.answers[..], [(1, Answer::Write(WriteReply::Unknown(_)))]), "{:?}", kept.answers);
     }
+
     fn id(node: NodeId, sequence: u64) -> RequestId {
         RequestId { node, boot: 1, sequence }
+    }
+
+    /// What member 2 sends to `leader`.
+    fn forward_to(leader: &Replica<u32>, number: u64, writes: Vec<ForwardedWrite>) -> PeerMessage {
+        PeerMessage::Forward { term: leader.core().term(), boot: 1, number, writes }
     }
 
     /// A replica that votes alone, and leads.
@@ -1174,18 +1243,62 @@ mod tests {
         let last_index = leader.core().last_index();
         let (good, undecodable) = (put(), Bytes::from_static(b"no command"));
         let too_long = Bytes::from(vec![0; COMMAND_BYTES_MAX + 1]);
-        for (from, data) in [(2, undecodable), (2, Bytes::new()), (2, too_long), (3, good.clone())] {
+        for (number, (from, data)) in
+            [(2, undecodable), (2, Bytes::new()), (2, too_long), (3, good.clone())].into_iter().enumerate()
+        {
             kept.offences = Some(Vec::new());
             // A sound one beside it does not help.
             let sound = ForwardedWrite { id: id(2, 1), data: good.clone() };
             let writes = vec![sound, ForwardedWrite { id: id(from, 2), data }];
-            leader.peer(2, PeerMessage::Forward(writes), &mut kept).unwrap();
+            let forward = forward_to(&leader, number as u64 + 1, writes);
+            leader.peer(2, forward, &mut kept).unwrap();
             leader.process(&mut kept).unwrap();
             assert_eq!(kept.offences.take(), Some(vec![2]));
             assert_eq!(leader.core().last_index(), last_index);
         }
-        let writes = vec![ForwardedWrite { id: id(2, 1), data: good }];
-        leader.peer(2, PeerMessage::Forward(writes), &mut kept).unwrap();
+        let forward = forward_to(&leader, 5, vec![ForwardedWrite { id: id(2, 1), data: good }]);
+        leader.peer(2, forward, &mut kept).unwrap();
+        leader.process(&mut kept).unwrap();
+        assert_eq!(leader.core().last_index(), last_index + 1);
+    }
+
+    #[test]
+    fn a_change_that_was_refused_once_is_refused_again_when_it_comes_late() {
+        let (mut leader, mut kept) = leader_of(&voter_and_learner(), &[]);
+        let term = leader.core().term();
+        let ask = |sequence, request| PeerMessage::AdminForward { term, id: id(2, sequence), request };
+        // The learner has never answered, so its promotion waits.
+        let promotion =
+            ask(1, AdminRequest::AddMember { id: 2, url: founders(2).members[&2].url.clone(), voter: Some(true) });
+        let removal = ask(2, AdminRequest::RemoveMember { id: 2 });
+        for request in [promotion, removal.clone()] {
+            leader.peer(2, request, &mut kept).unwrap();
+            leader.process(&mut kept).unwrap();
+        }
+        let answer = |kept: &mut Kept| {
+            let told = std::mem::take(&mut kept.sent).into_iter();
+            let mut answers = told.filter(|(_, message)| matches!(message, PeerMessage::AdminAnswer { .. }));
+            (answers.next(), answers.next())
+        };
+        let refusal = answer(&mut kept);
+        let name = match &refusal {
+            (Some((2, PeerMessage::AdminAnswer { id, outcome: AdminOutcome::Refused(_) })), None) => Some(*id),
+            _ => None,
+        };
+        assert_eq!(name, Some(id(2, 2)), "{refusal:?}");
+        // Nobody asks for the promotion any more.
+        for _ in 0..=2 * ELECTION_TICKS + 1 {
+            leader.tick(Duration::ZERO, &mut kept);
+            leader.process(&mut kept).unwrap();
+        }
+        kept.sent.clear();
+        let last_index = leader.core().last_index();
+        leader.peer(2, removal, &mut kept).unwrap();
+        leader.process(&mut kept).unwrap();
+        assert_eq!(leader.core().last_index(), last_index);
+        assert_eq!(answer(&mut kept), refusal);
+        // Another one is taken.
+        leader.peer(2, ask(3, AdminRequest::RemoveMember { id: 2 }), &mut kept).unwrap();
         leader.process(&mut kept).unwrap();
         assert_eq!(leader.core().last_index(), last_index + 1);
     }

@@ -557,7 +557,9 @@ impl fmt::Display for Described<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             PeerMessage::Raft(message) => describe(message, f),
-            PeerMessage::Forward(writes) => write!(f, "forward of {} writes", writes.len()),
+            PeerMessage::Forward { term, number, writes, .. } => {
+                write!(f, "forward {number} of {} writes to the leader of {term}", writes.len())
+            }
             PeerMessage::ForwardRefused { ids, reason } => write!(f, "refusal of {} writes: {reason:?}", ids.len()),
             other => write!(f, "{other:?}"),
         }
