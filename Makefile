@@ -23,7 +23,6 @@ SCRIPTS = $(CLUSTER) $(BENCH_PEERS) .ci/run .ci/schemathesis.sh
 # How many clusters `make sim` simulates, and the seed of the first; without one it is drawn.
 SEEDS ?= 2000
 START ?=
-SIMULATION = cargo test --locked --profile sim --test simulation
 
 # Of `make torture`: how long faults go on, how many members the cluster has, the seed of a run that is to be tried again,
 # and `namespaces` or `loopback` for the network; empty is any.
@@ -115,8 +114,8 @@ test: ## run all tests
 sim: ## simulate SEEDS=n clusters (2000), the first from seed START=s (any)
 	@start=$(or $(START),$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')) && \
 	echo "make sim SEEDS=$(SEEDS) START=$$start" && \
-	SIM_CARGO='$(SIMULATION)' SIM_SEEDS=$(SEEDS) SIM_START=$$start RUST_BACKTRACE=0 \
-		$(SIMULATION) -- --exact any_cluster --nocapture
+	SIM_SEEDS=$(SEEDS) SIM_START=$$start RUST_BACKTRACE=0 \
+		cargo test --locked --test simulation -- --exact any_cluster --nocapture
 
 torture: build ## torture a cluster of NODES=3 for SECONDS=60, as SEED says; as root in network namespaces
 	TORTURE_PROGRAM='$(NODE_BINARY)' TORTURE_SECONDS='$(SECONDS)' TORTURE_NODES='$(NODES)' TORTURE_SEED='$(SEED)' \

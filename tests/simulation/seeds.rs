@@ -6,7 +6,6 @@
 //! | `SIM_SEEDS` | how many seeds to run |
 //! | `SIM_START` | the first of them |
 //! | `SIM_THREADS` | how many to run at a time, instead of one for each processor |
-//! | `SIM_CARGO` | what to say before the name of the test to see a run again, instead of `cargo test --test simulation` |
 
 use std::any::Any;
 use std::cell::Cell;
@@ -94,10 +93,9 @@ fn report(scenario: &str, seed: u64, reason: &str, run: &impl Fn(u64, &mut Trace
         Some(again) if again == reason => String::new(),
         again => format!("a second run with this seed went another way: {again:?}\n"),
     };
-    let cargo = std::env::var("SIM_CARGO").unwrap_or_else(|_| "cargo test --test simulation".to_owned());
     panic!(
         "{scenario} fails with seed {seed}: {reason}\n{trace}{reason}\n{differs}\
-         to see it again: SIM_SEED={seed} {cargo} -- --exact {scenario} --nocapture"
+         to see it again: SIM_SEED={seed} cargo test --test simulation -- --exact {scenario} --nocapture"
     );
 }
 
