@@ -8,7 +8,7 @@
 //! An answer says at which index the request was done; the asking node tells its client when it has applied that
 //! index itself, so that the client's next question here sees the change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use crate::command::RequestId;
@@ -41,26 +41,35 @@ struct Pending<W> {
     done_at: Option<u64>,
 }
 
-/// What the leader of a term has answered to one node: its latest answers, at most [`PENDING_ADMIN_MAX`], by the
-/// requests' boot and sequence.
+/// What a leader knows of a request that it does not work on.
+#[derive(Clone)]
+enum Known {
+    /// It was answered.
+    Answered(AdminOutcome),
+    /// Something was done for it, until its origin was silent for too long.
+    Begun,
+}
+
+/// The latest requests of one node that the leader of a term has answered or given up, at most [`PENDING_ADMIN_MAX`], by
+/// their boot and sequence.
 #[derive(Default)]
-struct Answered {
-    outcomes: BTreeMap<(u64, u64), AdminOutcome>,
-    /// Up to here an answer may have been forgotten.
+struct Answers {
+    latest: VecDeque<((u64, u64), Known)>,
+    /// Requests up to this one may be forgotten.
     forgotten: (u64, u64),
 }
 
-impl Answered {
-    fn outcome(&self, id: RequestId) -> Option<AdminOutcome> {
+impl Answers {
+    fn of(&self, id: RequestId) -> Option<Known> {
         let name = (id.boot, id.sequence);
-        let forgotten = (name <= self.forgotten).then_some(AdminOutcome::Unknown);
-        self.outcomes.get(&name).cloned().or(forgotten)
+        let latest = self.latest.iter().rev().find(|(known, _)| *known == name).map(|(_, known)| known.clone());
+        latest.or((name <= self.forgotten).then_some(Known::Answered(AdminOutcome::Unknown)))
     }
 
-    fn note(&mut self, id: RequestId, outcome: AdminOutcome) {
-        self.outcomes.insert((id.boot, id.sequence), outcome);
-        if self.outcomes.len() > PENDING_ADMIN_MAX
-            && let Some((name, _)) = self.outcomes.pop_first()
+    fn note(&mut self, id: RequestId, known: Known) {
+        self.latest.push_back(((id.boot, id.sequence), known));
+        if self.latest.len() > PENDING_ADMIN_MAX
+            && let Some((name, _)) = self.latest.pop_front()
         {
             self.forgotten = self.forgotten.max(name);
         }
@@ -109,15 +118,15 @@ pub struct Surroundings<'a> {
 pub struct Administration<W> {
     pending: BTreeMap<u64, Pending<W>>,
     leading: Option<Leading>,
-    /// The answers of this node as the leader of a term, by who asked.
-    answered: (u64, BTreeMap<NodeId, Answered>),
+    /// The answers of this node as the leader of a term, by who asked: members, and whoever was one lately.
+    answers: (u64, BTreeMap<NodeId, Answers>),
     /// Since when the configuration is joint without a change under way, in ticks.
     joint_since: Option<u64>,
 }
 
 impl<W> Default for Administration<W> {
     fn default() -> Self {
-        Administration { pending: BTreeMap::new(), leading: None, answered: (0, BTreeMap::new()), joint_since: None }
+        Administration { pending: BTreeMap::new(), leading: None, answers: (0, BTreeMap::new()), joint_since: None }
     }
 }
 
@@ -168,12 +177,12 @@ impl<W> Administration<W> {
             };
             host.answer(pending.waiter, Answer::Admin(reply));
         }
-        let forgotten = |leading: &mut Leading| around.ticks - leading.asked > 2 * around.election_ticks;
-        if let Some(leading) = self.leading.take_if(forgotten)
+        let silent = |leading: &mut Leading| around.ticks - leading.asked > 2 * around.election_ticks;
+        if let Some(leading) = self.leading.take_if(silent)
             && leading.acted.is_some()
         {
-            // Should its origin be heard from again, a plan made anew could not tell what was done for it.
-            self.note_answer(leading.id, AdminOutcome::Unknown, core);
+            // Should its origin be heard from again, a plan made anew could not tell that something was done for it.
+            self.note(leading.id, Known::Begun, core);
         }
         self.lead_unasked(core, around);
     }
@@ -258,16 +267,18 @@ impl<W> Administration<W> {
             // The origin asks again when it knows the new leader.
             return;
         }
-        let answered = self.answers_of(core).get(&id.node).and_then(|answered| answered.outcome(id));
-        match &mut self.leading {
-            Some(leading) if leading.id == id => leading.asked = around.ticks,
-            _ if let Some(outcome) = answered => self.tell(id, outcome, core, host),
+        let known = self.answers_of(core).get(&id.node).and_then(|answers| answers.of(id));
+        match (&mut self.leading, known) {
+            (Some(leading), _) if leading.id == id => leading.asked = around.ticks,
+            (_, Some(Known::Answered(outcome))) => self.tell(id, outcome, core, host),
             // An earlier change may still be under way, of this very request through an earlier leader too.
-            None => {
+            (None, known) => {
                 let (since, asked) = (around.ticks, around.ticks);
-                self.leading = Some(Leading { id, request, acted: None, since, asked, progress: String::new() });
+                let acted = known.map(|_| around.ticks);
+                self.leading = Some(Leading { id, request, acted, since, asked, progress: String::new() });
             }
-            Some(_) => self.answer(id, AdminOutcome::Refused(in_progress()), core, host),
+            (Some(_), None) => self.answer(id, AdminOutcome::Refused(in_progress()), core, host),
+            (Some(_), Some(Known::Begun)) => self.answer(id, AdminOutcome::Unknown, core, host),
         }
     }
 
@@ -315,21 +326,21 @@ impl<W> Administration<W> {
     }
 
     /// What was answered in this term.
-    fn answers_of(&mut self, core: &RaftCore) -> &mut BTreeMap<NodeId, Answered> {
-        let (term, answered) = &mut self.answered;
+    fn answers_of(&mut self, core: &RaftCore) -> &mut BTreeMap<NodeId, Answers> {
+        let (term, answers) = &mut self.answers;
         if *term != core.term() {
             *term = core.term();
-            answered.clear();
+            answers.clear();
         }
-        answered
+        answers
     }
 
-    fn note_answer(&mut self, id: RequestId, outcome: AdminOutcome, core: &RaftCore) {
-        self.answers_of(core).entry(id.node).or_default().note(id, outcome);
+    fn note(&mut self, id: RequestId, known: Known, core: &RaftCore) {
+        self.answers_of(core).entry(id.node).or_default().note(id, known);
     }
 
     fn answer(&mut self, id: RequestId, outcome: AdminOutcome, core: &RaftCore, host: &mut impl Host<W>) {
-        self.note_answer(id, outcome.clone(), core);
+        self.note(id, Known::Answered(outcome.clone()), core);
         self.tell(id, outcome, core, host);
     }
 

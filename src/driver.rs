@@ -233,8 +233,8 @@ pub trait Network: Send {
     fn send_snapshot(&mut self, to: NodeId, message: Message) -> bool;
     /// How far the snapshot has come that is on its way to a peer.
     fn transfer(&self, to: NodeId) -> Option<Transfer>;
-    /// Opens and closes connections so that they fit the membership.
-    fn follow(&mut self, membership: &Membership);
+    /// Opens connections to all members, and closes those to others if the membership is another than the last time.
+    fn follow(&mut self, membership: &Arc<Membership>);
     /// Checks who a peer says it is.
     fn hello(
         &mut self,

@@ -35,6 +35,8 @@ pub struct PeerNetwork {
     acquaintances: Acquaintances,
     /// Whom to talk to as long as this node has no membership of its own: a joiner's first contacts.
     contacts: Membership,
+    /// The membership that the senders were last made to fit.
+    followed: Option<Arc<Membership>>,
     /// Followers to whom a snapshot is on its way. Shared with the transfers' threads, which end their own entry: the
     /// driver hears of the end by a message, but a new transfer may be due before that message is taken.
     transfers: Transfers,
@@ -67,8 +69,8 @@ impl PeerNetwork {
         events: Sender<Event>,
         metrics: Arc<Metrics>,
     ) -> PeerNetwork {
-        let (senders, transfers) = (BTreeMap::new(), Transfers::default());
-        PeerNetwork { me, position, files, events, senders, metrics, acquaintances, contacts, transfers }
+        let (senders, transfers, followed) = (BTreeMap::new(), Transfers::default(), None);
+        PeerNetwork { me, position, files, events, senders, metrics, acquaintances, contacts, followed, transfers }
     }
 
     fn spawn_sender(&self, peer: NodeId, url: &str) -> io::Result<PeerSender> {
@@ -232,18 +234,22 @@ impl Network for PeerNetwork {
         Some(Transfer { index: *index, bytes: *bytes, sent: sent.load(Ordering::Relaxed) })
     }
 
-    fn follow(&mut self, membership: &Membership) {
-        let membership = if membership.members.is_empty() { &self.contacts } else { membership };
-        let keep = |id: &NodeId, url: &String| membership.members.get(id).is_some_and(|member| member.url == *url);
-        self.senders.retain(|id, (url, _)| keep(id, url));
-        self.metrics.peers.retain(|id| self.senders.contains_key(&id));
+    fn follow(&mut self, membership: &Arc<Membership>) {
+        let is_new = self.followed.as_ref().is_none_or(|followed| !Arc::ptr_eq(followed, membership));
+        self.followed = Some(membership.clone());
+        let membership = if membership.members.is_empty() { &self.contacts } else { &**membership };
+        if is_new {
+            let keep = |id: &NodeId, url: &String| membership.members.get(id).is_some_and(|member| member.url == *url);
+            self.senders.retain(|id, (url, _)| keep(id, url));
+            self.metrics.peers.retain(|id| self.senders.contains_key(&id));
+        }
         for (id, member) in membership.members.iter().filter(|(id, _)| **id != self.me.id) {
             if self.senders.contains_key(id) {
                 continue;
             }
             match self.spawn_sender(*id, &member.url) {
                 Ok(sender) => drop(self.senders.insert(*id, (member.url.clone(), sender))),
-                // Tried again when the membership changes; until then the member is unreachable.
+                // Tried again at the next tick; until then the member is unreachable.
                 Err(error) => log::error!("failed to start the sender for member {id}: {error}"),
             }
         }
@@ -276,5 +282,46 @@ impl Network for PeerNetwork {
 
     fn position(&mut self, term: u64, last_index: u64) {
         self.position.set(term, last_index);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_channel::bounded;
+
+    use super::*;
+    use crate::fixtures::{CLUSTER, founders};
+    use crate::memory_disk::MemoryDisk;
+
+    fn identity(id: NodeId) -> NodeIdentity {
+        let url = format!("http://127.0.0.1:{id}");
+        NodeIdentity { cluster: Some(CLUSTER), id, directory: id.into(), boot: 1, earlier_boots: [].into(), url }
+    }
+
+    /// A leader that was added while this node was away needs its answers for longer than a tick.
+    #[test]
+    fn a_stranger_is_answered_until_the_membership_changes() {
+        let disk: Arc<dyn crate::disk::Disk> = Arc::new(MemoryDisk::new());
+        let (events, _events) = bounded(1024);
+        let mut network = PeerNetwork::new(
+            identity(1),
+            Arc::default(),
+            SnapshotFiles::new(disk.clone(), CLUSTER),
+            Acquaintances::open(disk).unwrap(),
+            Membership::default(),
+            events,
+            Arc::new(Metrics::new()),
+        );
+        let membership = Arc::new(founders(3));
+        network.follow(&membership);
+        let hello = Hello::new(&identity(4), 1, &LogPosition::default());
+        network.hello(&hello, Promises::default(), &membership).unwrap();
+        let peers = |network: &PeerNetwork| network.senders.keys().copied().collect::<Vec<_>>();
+        assert_eq!(peers(&network), [2, 3, 4]);
+        network.follow(&membership);
+        assert_eq!(peers(&network), [2, 3, 4], "at each tick");
+        network.follow(&Arc::new(founders(2)));
+        assert_eq!(peers(&network), [2]);
+        network.stop(Duration::ZERO);
     }
 }

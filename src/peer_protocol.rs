@@ -453,6 +453,17 @@ pub struct ForwardedWrite {
     pub data: Bytes,
 }
 
+/// Names a forward so that its leader takes it once: those of one origin rise, in the order of these fields.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ForwardName {
+    /// The leader's term: in another one nobody takes it.
+    pub term: u64,
+    /// The origin's boot, as in a [`RequestId`].
+    pub boot: u64,
+    /// Counts the forwards of that boot from 1.
+    pub number: u64,
+}
+
 /// Why forwarded writes were not proposed. None of them will be applied because of that forward, however often it
 /// arrives; an earlier one may have put them into a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -462,7 +473,8 @@ pub enum ForwardRefusal {
         /// Who does, as far as the receiver knows; 0 if it knows nobody.
         leader: NodeId,
     },
-    /// Raft dropped the proposal: a transfer is in progress, or too much is uncommitted.
+    /// Raft dropped the proposal (a transfer is in progress, or too much is uncommitted), or the leader leads in another
+    /// term than the origin knows of, or has too many forwards waiting.
     Dropped,
     /// The store or the disk is full.
     Full(String),
@@ -489,12 +501,8 @@ pub enum PeerMessage {
     Raft(Message),
     /// Writes for a leader. Raft's `MsgPropose` never travels.
     Forward {
-        /// The leader's term: in another one nobody takes them.
-        term: u64,
-        /// The origin's boot, as in a [`RequestId`].
-        boot: u64,
-        /// Counts the forwards of that boot from 1, so that a copy of one that came before is known as such.
-        number: u64,
+        /// Names the forward.
+        name: ForwardName,
         /// The writes.
         writes: Vec<ForwardedWrite>,
     },
@@ -509,7 +517,8 @@ pub enum PeerMessage {
     AdminForward {
         /// The leader's term: in another one nobody takes it.
         term: u64,
-        /// Names the request. A leader that is asked twice in one term says the same twice.
+        /// Names the request. A leader that is asked twice in one term says the same twice, or that it does not know any
+        /// more.
         id: RequestId,
         /// What is asked.
         request: AdminRequest,
@@ -600,10 +609,8 @@ impl PeerMessage {
                 message.write_to_vec(out).expect("a Vec takes everything, and proto3 has no required fields");
                 KIND_RAFT
             }
-            PeerMessage::Forward { term, boot, number, writes } => {
-                put_u64(out, *term);
-                put_u64(out, *boot);
-                put_u64(out, *number);
+            PeerMessage::Forward { name, writes } => {
+                [name.term, name.boot, name.number].into_iter().for_each(|number| put_u64(out, number));
                 put_count(out, writes.len());
                 for write in writes {
                     put_request_id(out, write.id);
@@ -638,13 +645,13 @@ impl PeerMessage {
         let message = match kind {
             KIND_RAFT => return raft_message(payload).map(|message| Some(PeerMessage::Raft(message))),
             KIND_FORWARD => {
-                let (term, boot, number) = (fields.u64()?, fields.u64()?, fields.u64()?);
+                let name = ForwardName { term: fields.u64()?, boot: fields.u64()?, number: fields.u64()? };
                 let mut writes = Vec::with_capacity(fields.count(REQUEST_ID_BYTES + 4)?);
                 for _ in 0..writes.capacity() {
                     let id = request_id(&mut fields)?;
                     writes.push(ForwardedWrite { id, data: payload.slice_ref(fields.bytes(FRAME_BYTES_MAX)?) });
                 }
-                PeerMessage::Forward { term, boot, number, writes }
+                PeerMessage::Forward { name, writes }
             }
             KIND_FORWARD_REFUSED => {
                 let count = fields.count(REQUEST_ID_BYTES)?;
@@ -1198,12 +1205,13 @@ mod tests {
 
     fn samples() -> Vec<PeerMessage> {
         let (id, url) = (request(9), "http://[::1]:4".to_owned());
+        let name = ForwardName { term: 7, boot: u64::MAX, number: 9 };
         let forward = |data: &'static [u8]| ForwardedWrite { id, data: Bytes::from_static(data) };
         let mut all = vec![
             full(),
             append(&[b"one", b"", b"three"]),
-            PeerMessage::Forward { term: 7, boot: 8, number: 9, writes: vec![forward(b"put"), forward(b"")] },
-            PeerMessage::Forward { term: u64::MAX, boot: 0, number: u64::MAX, writes: vec![] },
+            PeerMessage::Forward { name, writes: vec![forward(b"put"), forward(b"")] },
+            PeerMessage::Forward { name: ForwardName { boot: 0, ..name }, writes: vec![] },
         ];
         for reason in
             [ForwardRefusal::NotLeader { leader: 3 }, ForwardRefusal::Dropped, ForwardRefusal::Full("é".into())]
@@ -1434,9 +1442,7 @@ mod tests {
             append(&[&too_long]),
             append(&vec![&b""[..]; ELEMENTS_MAX]),
             PeerMessage::Forward {
-                term: 7,
-                boot: 8,
-                number: 9,
+                name: ForwardName::default(),
                 writes: vec![ForwardedWrite { id: request(1), data: too_long.into() }],
             },
             PeerMessage::AdminForward { term: 7, id: request(1), request: long_url },

@@ -39,7 +39,7 @@ use crate::command::{COMMAND_BYTES_MAX, Command, Kind, RequestId};
 use crate::membership::{Membership, NodeId};
 use crate::message::{AdminReply, AdminRequest, MemberProgress, Refusal, Status, WriteReply};
 use crate::message_check::Offence;
-use crate::peer_protocol::{ForwardRefusal, ForwardedWrite, PeerMessage};
+use crate::peer_protocol::{ForwardName, ForwardRefusal, ForwardedWrite, PeerMessage};
 use crate::raft_core::{COMMITTED_BYTES_MAX, Committed, CoreError, Output, RaftCore};
 use crate::store::Replacement;
 
@@ -264,8 +264,8 @@ pub struct Replica<W> {
     forwarded: Vec<(NodeId, ForwardedWrite)>,
     /// Forwards of this boot, so far.
     forwards: u64,
-    /// The last forward of each origin that this node looked at as leader: its term, boot and number.
-    last_forwards: BTreeMap<NodeId, (u64, u64, u64)>,
+    /// The last forward of each origin that this node looked at as leader of a term, by members and whoever was one in it.
+    last_forwards: (u64, BTreeMap<NodeId, ForwardName>),
     followed: (NodeId, u64),
     /// When each peer was last heard from, in ticks and in time.
     heard: BTreeMap<NodeId, (u64, Duration)>,
@@ -290,7 +290,7 @@ impl<W> Replica<W> {
             reads: Reads { waiting: VecDeque::new(), issued: 0, under_way: None, confirmed: Vec::new() },
             forwarded: Vec::new(),
             forwards: 0,
-            last_forwards: BTreeMap::new(),
+            last_forwards: (0, BTreeMap::new()),
             followed: (raft::INVALID_ID, 0),
             heard: BTreeMap::new(),
             spoken: BTreeMap::new(),
@@ -443,9 +443,7 @@ impl<W> Replica<W> {
                     }
                 }
             }
-            PeerMessage::Forward { term, boot, number, writes } => {
-                self.take_forwarded(from, (term, boot, number), writes, host);
-            }
+            PeerMessage::Forward { name, writes } => self.take_forwarded(from, name, writes, host),
             PeerMessage::ForwardRefused { ids, reason } => self.forward_refused(&ids, &reason, host),
             PeerMessage::AdminForward { term, id, request } => {
                 if id.node != from {
@@ -466,7 +464,7 @@ impl<W> Replica<W> {
     fn take_forwarded(
         &mut self,
         from: NodeId,
-        name: (u64, u64, u64),
+        name: ForwardName,
         writes: Vec<ForwardedWrite>,
         host: &mut impl Host<W>,
     ) {
@@ -479,14 +477,19 @@ impl<W> Replica<W> {
             return;
         }
         let writes = writes.into_iter().map(|write| (from, write));
-        if !self.core.is_leader() || name.0 != self.core.term() {
+        if !self.core.is_leader() || name.term != self.core.term() {
             refuse(writes.collect(), self.refusal(), host);
             return;
         }
-        let last = self.last_forwards.entry(from).or_default();
+        let (term, last_forwards) = &mut self.last_forwards;
+        if *term != name.term {
+            *term = name.term;
+            last_forwards.clear();
+        }
+        let last = last_forwards.entry(from).or_default();
         if name <= *last {
-            // A copy, whose first was answered, or one that a later forward has overtaken: it counts as lost, and its
-            // origin hands over again.
+            // A copy, whose first was taken or refused, or one that a later forward has overtaken: that counts as lost,
+            // and its origin hands over again.
             return;
         }
         *last = name;
@@ -787,8 +790,8 @@ impl<W> Replica<W> {
             let sequences: Vec<u64> = batch.iter().map(|(id, _)| id.sequence).collect();
             let writes = batch.into_iter().map(|(id, data)| ForwardedWrite { id, data }).collect();
             self.forwards += 1;
-            let (term, boot, number) = (self.core.term(), self.boot, self.forwards);
-            let sent = host.send(leader, PeerMessage::Forward { term, boot, number, writes });
+            let name = ForwardName { term: self.core.term(), boot: self.boot, number: self.forwards };
+            let sent = host.send(leader, PeerMessage::Forward { name, writes });
             if sent {
                 host.note(Note::Forwarded(sequences.len()));
             }
@@ -1169,21 +1172,27 @@ mod tests {
         leader.peer(2, forward, &mut kept).unwrap();
         leader.process(&mut kept).unwrap();
         assert_eq!((leader.core().last_index(), kept.sent.len()), (last_index + 1, 1));
-        let again = forward_to(&leader, 2, vec![ForwardedWrite { id: id(3), data: put() }]);
-        leader.peer(2, again, &mut kept).unwrap();
-        leader.process(&mut kept).unwrap();
-        assert_eq!(leader.core().last_index(), last_index + 2);
+        // Boot, number, and whether it is taken: only what comes behind all others of its origin.
+        let forwards = [(1, 3, 1), (1, 2, 0), (1, 3, 0), (2, 1, 1), (1, 4, 0), (2, 2, 1)];
+        for (sequence, (boot, number, taken)) in (3..).zip(forwards) {
+            let last_index = leader.core().last_index();
+            let name = ForwardName { term: leader.core().term(), boot, number };
+            let writes = vec![ForwardedWrite { id: id(sequence), data: put() }];
+            leader.peer(2, PeerMessage::Forward { name, writes }, &mut kept).unwrap();
+            leader.process(&mut kept).unwrap();
+            assert_eq!(leader.core().last_index(), last_index + taken, "{name:?}");
+        }
     }
 
     #[test]
-    fn a_forward_to_the_leader_of_an_earlier_term_is_refused() {
+    fn a_forward_to_the_leader_of_another_term_is_refused() {
         let (mut leader, mut kept) = leader_of(&founders(1), &[]);
         let last_index = leader.core().last_index();
         for (term, proposed) in
             [(leader.core().term() - 1, 0), (leader.core().term() + 1, 0), (leader.core().term(), 1)]
         {
             let writes = vec![ForwardedWrite { id: id(2, 1), data: put() }];
-            let forward = PeerMessage::Forward { term, boot: 1, number: 1, writes };
+            let forward = PeerMessage::Forward { name: ForwardName { term, boot: 1, number: 1 }, writes };
             leader.peer(2, forward, &mut kept).unwrap();
             leader.process(&mut kept).unwrap();
             assert_eq!(leader.core().last_index(), last_index + proposed, "{term}");
@@ -1226,7 +1235,7 @@ mod tests {
 
     /// What member 2 sends to `leader`.
     fn forward_to(leader: &Replica<u32>, number: u64, writes: Vec<ForwardedWrite>) -> PeerMessage {
-        PeerMessage::Forward { term: leader.core().term(), boot: 1, number, writes }
+        PeerMessage::Forward { name: ForwardName { term: leader.core().term(), boot: 1, number }, writes }
     }
 
     /// A replica that votes alone, and leads.
@@ -1301,6 +1310,46 @@ mod tests {
         leader.peer(2, ask(3, AdminRequest::RemoveMember { id: 2 }), &mut kept).unwrap();
         leader.process(&mut kept).unwrap();
         assert_eq!(leader.core().last_index(), last_index + 1);
+    }
+
+    #[test]
+    fn a_change_that_was_begun_goes_on_when_it_is_asked_for_again_and_is_never_refused() {
+        let (mut leader, mut kept) = leader_of(&founders(1), &[]);
+        let term = leader.core().term();
+        let ask = |sequence, request| PeerMessage::AdminForward { term, id: id(2, sequence), request };
+        let add = |sequence, id: NodeId| {
+            let url = format!("http://127.0.0.1:1238{id}");
+            ask(sequence, AdminRequest::AddMember { id, url, voter: Some(true) })
+        };
+        let tell = |leader: &mut Replica<u32>, kept: &mut Kept, message| {
+            leader.peer(2, message, kept).unwrap();
+            while leader.process(kept).unwrap() {}
+            let sent = std::mem::take(&mut kept.sent).into_iter();
+            let answers = sent.filter_map(|(_, message)| match message {
+                PeerMessage::AdminAnswer { id, outcome } => Some((id.sequence, outcome)),
+                _ => None,
+            });
+            answers.collect::<Vec<_>>()
+        };
+        let silence = |leader: &mut Replica<u32>, kept: &mut Kept| {
+            for _ in 0..=2 * ELECTION_TICKS {
+                leader.tick(Duration::ZERO, kept);
+                while leader.process(kept).unwrap() {}
+            }
+        };
+        // Added as a learner, it does not catch up, and nobody asks any more.
+        assert_eq!(tell(&mut leader, &mut kept, add(1, 5)), []);
+        assert!(leader.core().membership().members.contains_key(&5));
+        silence(&mut leader, &mut kept);
+        // It goes on, and is still the one that others have to wait for.
+        assert_eq!(tell(&mut leader, &mut kept, add(1, 5)), []);
+        let refused = tell(&mut leader, &mut kept, add(2, 6));
+        assert!(matches!(&refused[..], [(2, AdminOutcome::Refused(_))]), "{refused:?}");
+        silence(&mut leader, &mut kept);
+        // Behind another one it can't go on; that it was not done would be a lie.
+        assert_eq!(tell(&mut leader, &mut kept, add(3, 7)), []);
+        assert_eq!(tell(&mut leader, &mut kept, add(1, 5)), [(1, AdminOutcome::Unknown)]);
+        assert_eq!(tell(&mut leader, &mut kept, add(1, 5)), [(1, AdminOutcome::Unknown)], "again");
     }
 
     #[test]

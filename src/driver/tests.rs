@@ -33,7 +33,7 @@ impl Network for Nobody {
         None
     }
 
-    fn follow(&mut self, _membership: &Membership) {}
+    fn follow(&mut self, _membership: &Arc<Membership>) {}
 
     fn hello(&mut self, _: &Hello, _: Promises, _: &Membership) -> Result<HelloAnswer, HelloRefusal> {
         Err(HelloRefusal::NotReady("it is a test".to_owned()))

@@ -557,8 +557,8 @@ impl fmt::Display for Described<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             PeerMessage::Raft(message) => describe(message, f),
-            PeerMessage::Forward { term, number, writes, .. } => {
-                write!(f, "forward {number} of {} writes to the leader of {term}", writes.len())
+            PeerMessage::Forward { name, writes } => {
+                write!(f, "forward {} of {} writes to the leader of {}", name.number, writes.len(), name.term)
             }
             PeerMessage::ForwardRefused { ids, reason } => write!(f, "refusal of {} writes: {reason:?}", ids.len()),
             other => write!(f, "{other:?}"),
