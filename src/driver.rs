@@ -19,6 +19,7 @@ use raft::eraftpb::Message;
 use crate::acquaintances::Promises;
 use crate::byte_budget::Share;
 use crate::disk::Disk;
+use crate::fail_point::fail_point;
 use crate::membership::{Membership, NodeId};
 use crate::message::{
     AdminReply, AdminRequest, Ask, ClientRequest, Refusal, Reply, ReplyTo, SnapshotInfo, Status, Transfer,
@@ -510,6 +511,7 @@ impl<N: Network> Driver<N> {
         for event in self.events.try_iter().take(EVENTS_PER_TURN_MAX - 1) {
             turn.take(event, &mut self.replica, &mut host, &self.options, self.started)?;
         }
+        fail_point("driver-events-taken");
         let now = Instant::now();
         if now >= next_tick {
             turn.ticked = true;
@@ -522,8 +524,10 @@ impl<N: Network> Driver<N> {
         let batch = host.batch;
         self.measures.show(&self.replica);
         if !batch.is_empty() {
+            fail_point("driver-batch-before");
             // The applier is gone only when it has failed, and then the process ends with its reason.
             let _ = self.applier.send(ToApplier::Batch(batch));
+            fail_point("driver-batch-after");
         }
         let asked_lately = self.snapshot_asked.is_some_and(|at| now < at + SNAPSHOT_ASK_INTERVAL);
         if self.replica.take_snapshot_wanted()

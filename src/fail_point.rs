@@ -1,8 +1,15 @@
-//! Fail-points: the steps of persistence at which a test may end the process, as a crash would.
+//! Fail-points: the steps at which a test may end the process, as a crash would, or let one of its threads sleep.
 //!
-//! With the feature `failpoints`, and only then, the environment says where:
+//! They are the steps of persistence, and those at which work passes from one thread to another. With the feature
+//! `failpoints`, and only then, the environment says where:
 //! `FAILPOINTS='snapshot-rename-before=3*off->return'` kills the process when it comes to that step for the fourth
-//! time. Without the feature a step costs nothing.
+//! time, and `FAILPOINTS='disk-sync-before=20%sleep(300)'` lets every fifth thread that comes there sleep for 300 ms.
+//! `return(DIRECTORY)` looks for an order whenever a thread comes to the step: a file of the step's name, which is
+//! taken away. Its text is `kill`, or `hold`, which lets the thread sleep for as long as there is a file of the step's
+//! name with [`HELD`] behind it. Without the feature a step costs nothing.
+
+/// The end of the name of the file that says which thread is held. Whoever removes it lets the thread go.
+pub const HELD: &str = ".held";
 
 /// The steps, in the order of a node's life. `disk-` stands for every file, that is mostly the log; of the others each
 /// is one place.
@@ -48,13 +55,31 @@ pub const FAIL_POINTS: &[&str] = &[
     "install-after",
     "restore-before",
     "restore-after",
+    "receive-report-before",
+    "loop-submit-before",
+    "driver-events-taken",
+    "driver-send-before",
+    "driver-batch-before",
+    "driver-batch-after",
+    "applier-batch-taken",
+    "applier-publish-before",
+    "applier-answer-before",
+    "applier-wake-before",
+    "snapshot-order-before",
+    "snapshot-order-taken",
+    "snapshot-report-before",
+    "peer-write-before",
+    "peer-deliver-before",
 ];
 
 /// The process comes to this step.
 #[inline]
 pub fn fail_point(name: &'static str) {
     #[cfg(feature = "failpoints")]
-    fail::fail_point!(name, |_| kill_this_process());
+    fail::fail_point!(name, |directory: Option<String>| match directory {
+        None => kill_this_process(),
+        Some(directory) => obey(std::path::Path::new(&directory), name),
+    });
     let _ = name;
 }
 
@@ -62,6 +87,22 @@ pub fn fail_point(name: &'static str) {
 #[cfg(feature = "failpoints")]
 pub fn arm_from_environment() -> impl Drop {
     fail::FailScenario::setup()
+}
+
+/// Does what lies in `directory` to be done at the step `name`, once.
+#[cfg(feature = "failpoints")]
+fn obey(directory: &std::path::Path, name: &str) {
+    let held = directory.join(format!("{name}{HELD}"));
+    // Of several threads that come here at once one gets it.
+    if std::fs::rename(directory.join(name), &held).is_err() {
+        return;
+    }
+    if std::fs::read(&held).is_ok_and(|order| order == b"kill") {
+        kill_this_process();
+    }
+    while held.exists() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
 }
 
 /// As `kill -9` does it: nothing is flushed, no destructor runs, and no other thread gets a word in.

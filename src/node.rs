@@ -50,6 +50,7 @@ use crate::driver::{
     APPLY_BATCHES_MAX, Driver, DriverEnd, DriverOptions, EVENTS_MAX, Event, FREE_BYTES_RESERVE, Measures, Offences,
     PEER_BYTES_MAX, Progress, QueuedRequests, Room, ToApplier, ToSnapshotter,
 };
+use crate::fail_point::fail_point;
 use crate::gentle_disk::GentleDisk;
 use crate::http::{self, EventLoop, Mailbox};
 use crate::measured_disk::MeasuredDisk;
@@ -119,6 +120,7 @@ impl ApplierThread {
         loop {
             match self.batches.recv_timeout(IDLE_INTERVAL) {
                 Ok(ToApplier::Batch(batch)) => {
+                    fail_point("applier-batch-taken");
                     let started = Instant::now();
                     let mut restored = None;
                     for apply in batch {
@@ -127,6 +129,7 @@ impl ApplierThread {
                         }
                         self.applier.apply(apply, &mut done).map_err(|error| error.to_string())?;
                     }
+                    fail_point("applier-publish-before");
                     self.publish(&mut done, restored.is_some());
                     self.metrics.apply_duration.observe(started.elapsed().as_secs_f64());
                     if let Some(index) = restored {
@@ -174,6 +177,9 @@ impl ApplierThread {
                 Err(_) => self.watchers.all_changed(),
             }
         }
+        if !done.is_empty() {
+            fail_point("applier-answer-before");
+        }
         for (waiter, done) in done.drain(..) {
             let reply = match done {
                 Done::Write(reply) => Reply::Write(reply),
@@ -182,6 +188,7 @@ impl ApplierThread {
             };
             waiter.put(reply);
         }
+        fail_point("applier-wake-before");
         self.mailboxes.iter().for_each(|mailbox| mailbox.wake());
     }
 
@@ -204,6 +211,7 @@ impl ApplierThread {
     /// Takes a snapshot of this moment, unless one is still being written.
     fn capture(&mut self, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) {
         let capture = Box::new(self.applier.capture());
+        fail_point("snapshot-order-before");
         match self.snapshotter.try_send(ToSnapshotter { capture, reply }) {
             Ok(()) => self.schedule.captured(self.applier.applied_index()),
             Err(TrySendError::Full(ToSnapshotter { reply: Some(reply), .. })) => {
@@ -232,7 +240,10 @@ impl SnapshotterThread {
         loop {
             select! {
                 recv(self.orders) -> order => match order {
-                    Ok(ToSnapshotter { capture, reply }) => self.write(&capture, reply)?,
+                    Ok(ToSnapshotter { capture, reply }) => {
+                        fail_point("snapshot-order-taken");
+                        self.write(&capture, reply)?;
+                    }
                     Err(_) => break,
                 },
                 recv(self.removals) -> index => match index {
@@ -270,6 +281,7 @@ impl SnapshotterThread {
                 );
                 self.metrics.snapshots.write.done(info.bytes, started.elapsed());
                 let event = Event::SnapshotWritten { info, membership: capture.membership().clone() };
+                fail_point("snapshot-report-before");
                 // Waits for the driver, who waits for nobody here.
                 let _ = self.events.send(event);
                 Ok(info)
@@ -366,6 +378,7 @@ impl NodeBackend {
             requests.into_iter().for_each(|request| request.refuse(Refusal::Overloaded(QUEUE_FULL)));
             return;
         };
+        fail_point("loop-submit-before");
         let Err(error) = self.events.try_send(Event::Clients(requests, share)) else { return };
         let (Event::Clients(requests, _), refusal) = (match error {
             TrySendError::Full(event) => (event, Refusal::Overloaded(QUEUE_FULL)),
@@ -616,6 +629,7 @@ impl Inbox {
         // There is room for the one state that comes back.
         let state = Box::new(Replacement::new(state, move |rest| drop(back.try_send(rest))));
         let event = Event::SnapshotReceived { from, message: Box::new(message), membership, state };
+        fail_point("receive-report-before");
         self.events.send(event).map_err(|_| SnapshotRefusal::Stopping)?;
         // The driver and the applier have more important things to do than to free what they don't need any more.
         // Until then no other snapshot is received: there are no more than two states in memory.

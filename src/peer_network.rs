@@ -15,6 +15,7 @@ use crate::acquaintances::{Acquaintances, Promises};
 use crate::data_dir::SnapshotFiles;
 use crate::disk::DiskFile;
 use crate::driver::{Event, Network};
+use crate::fail_point::fail_point;
 use crate::membership::{Membership, NodeId};
 use crate::message::Transfer;
 use crate::metrics::Metrics;
@@ -213,6 +214,7 @@ fn removal(me: NodeId, membership: &Membership) -> HelloRefusal {
 
 impl Network for PeerNetwork {
     fn send(&mut self, to: NodeId, message: PeerMessage) -> bool {
+        fail_point("driver-send-before");
         self.senders.get(&to).is_some_and(|(_, sender)| sender.send(message).is_ok())
     }
 

@@ -28,6 +28,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, TrySen
 use log::{debug, info, warn};
 use ureq::{Agent, Body, SendBody, http};
 
+use crate::fail_point::fail_point;
 use crate::membership::NodeId;
 use crate::metrics::{DropCause, Sent};
 use crate::peer_protocol::{
@@ -507,6 +508,9 @@ impl LaneBody<'_> {
             queued.message.encode(&mut self.frames);
             self.messages += 1;
             next = if self.frames.len() < wanted_bytes { self.queue.try_take() } else { None };
+        }
+        if self.messages > 0 {
+            fail_point("peer-write-before");
         }
     }
 }

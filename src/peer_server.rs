@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
+use crate::fail_point::fail_point;
 use crate::http::{
     Admission, Begun, Body, Caller, Head, Header, Limits, Method, Response, Service, StatusCode, respond,
 };
@@ -253,6 +254,7 @@ impl<I: PeerInbox> PeerServer<I> {
             let misrouted = misrouted.map(|at| messages.split_off(at).swap_remove(0));
             if !messages.is_empty() {
                 let count = messages.len() as u64;
+                fail_point("peer-deliver-before");
                 self.inbox.deliver(from, messages).map_err(|Stopped| StreamEnd::Stopped)?;
                 received.received(count);
             }

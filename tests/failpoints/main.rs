@@ -1,5 +1,6 @@
-//! Kills the program at every step of persistence, as [`raftexample::fail_point`] names them, starts it again, and
-//! checks that nothing acknowledged is lost. Needs the feature `failpoints`, which `make test` sets.
+//! Kills the program at every step of persistence and wherever work passes between threads, as
+//! [`raftexample::fail_point`] names them, starts it again, and checks that nothing acknowledged is lost; and holds it
+//! there for longer than an election takes. Needs the feature `failpoints`, which `make test` sets.
 
 #![allow(clippy::unwrap_used, reason = "all of this is a test")]
 #![allow(clippy::print_stdout, reason = "cargo shows it for a test that fails")]
@@ -7,6 +8,12 @@
 
 #[path = "../integration/client.rs"]
 mod client;
+/// Members of a running cluster that are held, or killed, at any step at any time.
+mod held;
+/// What is to be done at a node's fail-points while it runs.
+mod orders;
+/// One key that is read on all nodes while it is written.
+mod register;
 #[path = "../integration/load.rs"]
 mod load;
 #[path = "../integration/support.rs"]
@@ -43,7 +50,11 @@ const AT_RECEIVER: &[&str] = &[
     "install-after",
     "restore-before",
     "restore-after",
+    "receive-report-before",
 ];
+
+/// Reached only by a node that has peers.
+const AT_PEERS: &[&str] = &["driver-send-before", "peer-write-before", "peer-deliver-before"];
 
 fn is_of_disk(point: &str) -> bool {
     point.starts_with("disk-")
@@ -51,7 +62,7 @@ fn is_of_disk(point: &str) -> bool {
 
 /// What is reached again and again while clients write.
 fn under_load() -> Vec<&'static str> {
-    let others: BTreeSet<&str> = [AT_START, AT_FOUNDING, AT_RECEIVER].concat().into_iter().collect();
+    let others: BTreeSet<&str> = [AT_START, AT_FOUNDING, AT_RECEIVER, AT_PEERS].concat().into_iter().collect();
     FAIL_POINTS.iter().copied().filter(|point| !others.contains(point)).collect()
 }
 

@@ -40,6 +40,16 @@ fn single_node(data_dir: &Path) -> Command {
 }
 
 #[test]
+fn a_program_that_is_used_has_no_fail_points() {
+    let program = std::fs::read(env!("CARGO_BIN_EXE_raftexample")).unwrap();
+    assert!(!program.windows(10).any(|bytes| bytes == b"FAILPOINTS"), "it was built with the feature failpoints");
+    let mut cluster = Cluster::launch(1, FAST);
+    cluster.kill(1);
+    cluster.spawn_with(1, &[("FAILPOINTS", "boot-before=return;driver-events-taken=return")]);
+    cluster.wait_ready(1);
+}
+
+#[test]
 fn a_bad_command_line_is_one_line_and_status_2() {
     let members = "http://127.0.0.1:9021,http://127.0.0.1:9022";
     let cases: &[(&[&str], &[&str])] = &[

@@ -414,6 +414,11 @@ impl Cluster {
         self.wait_end(id)
     }
 
+    /// The process id of a node that runs.
+    pub(crate) fn process_id(&self, id: u64) -> u32 {
+        self.process(id).id()
+    }
+
     fn process(&self, id: u64) -> &Process {
         self.node(id).process.as_ref().expect("it runs")
     }
