@@ -468,9 +468,12 @@ impl<W> Replica<W> {
         writes: Vec<ForwardedWrite>,
         host: &mut impl Host<W>,
     ) {
-        // What no state machine could read would end every node that applies it, at each of its starts.
+        // What no state machine could read would end every node that applies it, at each of its starts. And what only
+        // leaders propose, of their own knowledge, comes from no correct member.
+        let of_client =
+            |data: &Bytes| matches!(Command::decode(data), Ok(Command::Put { .. } | Command::Delete { .. }));
         let sound = |write: &ForwardedWrite| {
-            write.id.node == from && write.data.len() <= COMMAND_BYTES_MAX && Command::decode(&write.data).is_ok()
+            write.id.node == from && write.data.len() <= COMMAND_BYTES_MAX && of_client(&write.data)
         };
         if !writes.iter().all(sound) {
             host.offended(from, Offence::Malformed("forwarded write"));
@@ -1252,20 +1255,21 @@ mod tests {
         let last_index = leader.core().last_index();
         let (good, undecodable) = (put(), Bytes::from_static(b"no command"));
         let too_long = Bytes::from(vec![0; COMMAND_BYTES_MAX + 1]);
-        for (number, (from, data)) in
-            [(2, undecodable), (2, Bytes::new()), (2, too_long), (3, good.clone())].into_iter().enumerate()
-        {
+        // Of a false one the member that it names would be refused by all others.
+        let directory = Bytes::from(Command::RecordDirectory { member: 3, directory: 7 }.encode());
+        let unsound = [(2, undecodable), (2, Bytes::new()), (2, too_long), (3, good.clone()), (2, directory)];
+        for (number, (from, data)) in (1..).zip(unsound) {
             kept.offences = Some(Vec::new());
             // A sound one beside it does not help.
             let sound = ForwardedWrite { id: id(2, 1), data: good.clone() };
             let writes = vec![sound, ForwardedWrite { id: id(from, 2), data }];
-            let forward = forward_to(&leader, number as u64 + 1, writes);
+            let forward = forward_to(&leader, number, writes);
             leader.peer(2, forward, &mut kept).unwrap();
             leader.process(&mut kept).unwrap();
             assert_eq!(kept.offences.take(), Some(vec![2]));
             assert_eq!(leader.core().last_index(), last_index);
         }
-        let forward = forward_to(&leader, 5, vec![ForwardedWrite { id: id(2, 1), data: good }]);
+        let forward = forward_to(&leader, 6, vec![ForwardedWrite { id: id(2, 1), data: good }]);
         leader.peer(2, forward, &mut kept).unwrap();
         leader.process(&mut kept).unwrap();
         assert_eq!(leader.core().last_index(), last_index + 1);
