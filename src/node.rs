@@ -19,10 +19,42 @@
 //!                | publishes a Version; answers the connections that wait: mailbox of the event loop, 1 for each thread
 //! ```
 //!
-//! **Who waits for whom**: event loops for nobody; connections of threads wait for the driver and the applier, peers'
-//! connections for the driver, and for the applier too when they have received a snapshot; the snapshotter waits for the
-//! driver; the driver for the applier; the applier for nobody. There is no cycle, so no queue however full can stop all
-//! of them.
+//! **Who waits for whom.** Every queue is bounded, and when it is full its sender waits, refuses whom it works for, or
+//! drops what can be had again. A connection is the thread of one that has its own, or of a peer; a lane and a transfer
+//! are those of the peer senders. What waits for an answer is a queue in the other direction.
+//!
+//! | who | for whom | with what | room | when full, or until it is there |
+//! |---|---|---|---|---|
+//! | accept | event loop | a connection | `LETTERS_PER_CONNECTION` for each | waits |
+//! | event loop | driver | requests | `EVENTS_MAX` events and requests | refuses: 503 |
+//! | event loop | applier | stale reads | `APPLY_BATCHES_MAX` | refuses: 503 |
+//! | connection | driver | a request | `EVENTS_MAX` | refuses: 503 |
+//! | connection | driver | the answer | 1 | waits until the request's deadline |
+//! | connection | applier | a stale read, an order for a snapshot | `APPLY_BATCHES_MAX` | refuses: 503, or what was published last |
+//! | connection | applier | the answer | 1 | waits until the request's deadline |
+//! | connection | applier | a change, if its client waits for one | 1, for `WATCHES_MAX` | waits until the request's deadline |
+//! | peer connection | driver | a hello, and the answer | `EVENTS_MAX` | waits for `HELLO_TIMEOUT`, and refuses then |
+//! | peer connection | driver | messages | `EVENTS_MAX` and `PEER_BYTES_MAX` | waits, and TCP slows the peer down |
+//! | peer connection | driver | a received snapshot | `EVENTS_MAX` | waits |
+//! | peer connection | applier | the state that it replaces | 1 | waits, and refuses other snapshots meanwhile |
+//! | snapshotter | driver | a written snapshot | `EVENTS_MAX` | waits |
+//! | transfer | driver | the end of a transfer | `EVENTS_MAX` | waits |
+//! | transfer | peer connection | a snapshot, on another node | TCP | waits until a timeout |
+//! | lane | peer connection | messages, on another node | TCP | waits until a timeout |
+//! | lane | driver | how it goes | `EVENTS_MAX` | drops |
+//! | driver | applier | a batch | `APPLY_BATCHES_MAX` | waits |
+//! | driver | lane | messages | `FAST_MESSAGES_MAX` and `FAST_BYTES_MAX`, `BULK_MESSAGES_MAX` and `BULK_BYTES_MAX` | drops |
+//! | driver | snapshotter | which snapshots may go | `REMOVALS_MAX` | drops |
+//! | driver | event loop | an answer | `LETTERS_PER_CONNECTION` for each | drops |
+//! | applier | snapshotter | a capture | `CAPTURES_MAX` | drops, or refuses who asked for it |
+//! | applier | snapshotter | which snapshots may go | `REMOVALS_MAX` | drops |
+//! | applier | event loop | an answer | `LETTERS_PER_CONNECTION` for each | drops |
+//! | applier | connection | an answer, or that something has changed | 1 | drops |
+//!
+//! Whoever waits stands above whom it waits for in this order: lanes and transfers, connections, the snapshotter, the
+//! driver, the applier. The applier and the event loops wait for nobody. So there is no cycle, within a node or through
+//! others, and no queue however full can stop all of them. Two more hold for an end only: the driver gives its lanes
+//! `LAST_MESSAGES_TIMEOUT`, when nothing needs it any more, and a stop waits for all, each for a bounded time.
 //!
 //! **How it ends**: the first of these threads to end, for whatever reason, ends the node. Both ports are bound and all
 //! files opened before the first thread starts, so whatever is wrong by then is an ordinary error of [`run`].
@@ -1022,5 +1054,7 @@ fn spawn_signals(exits: &Sender<ThreadExit>) -> Result<(), NodeError> {
     })
 }
 
+#[cfg(test)]
+mod queues;
 #[cfg(test)]
 mod tests;

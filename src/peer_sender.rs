@@ -792,6 +792,50 @@ mod tests {
         assert_eq!(answered(answer("421 Misdirected Request", &refusal.to_json())), Err(HelloError::Refused(refusal)));
     }
 
+    #[test]
+    fn what_waits_for_a_peer_is_bounded_by_count_and_by_bytes() {
+        // It takes connections, and says nothing: nothing leaves the queues meanwhile.
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", silent.local_addr().unwrap());
+        let metrics = Metrics::new();
+        let config =
+            SenderConfig { me: identity(), peer: 2, url, position: Arc::default(), metrics: metrics.peers.add(2) };
+        let data = bytes::Bytes::from(vec![7; 1 << 20]);
+        let of = |msg_type, bytes| {
+            let context = data.slice(..bytes);
+            PeerMessage::Raft(Message { msg_type, context, ..Message::default() })
+        };
+        let fast = |bytes| of(raft::eraftpb::MessageType::MsgHeartbeat, bytes);
+        let bulk = |bytes| of(raft::eraftpb::MessageType::MsgAppend, bytes);
+        let fill = |sender: &PeerSender, message: &PeerMessage| {
+            let room = (0..).find_map(|sent| sender.send(message.clone()).err().map(|why| (sent, why)));
+            let (sent, why) = room.unwrap();
+            assert_eq!(why, Dropped::Full);
+            sent
+        };
+        let spawn = || PeerSender::spawn(config.clone(), |_| ()).unwrap();
+        let by_count = spawn();
+        assert_eq!(fill(&by_count, &fast(1)), FAST_MESSAGES_MAX);
+        assert_eq!(fill(&by_count, &bulk(1)), BULK_MESSAGES_MAX);
+        let by_bytes = spawn();
+        for (message, max) in [(fast(1 << 16), FAST_BYTES_MAX), (bulk(1 << 20), BULK_BYTES_MAX)] {
+            assert_eq!(fill(&by_bytes, &message), max / message.frame_bytes());
+        }
+        assert_eq!(metrics.total("raftexample_peer_messages_dropped_total"), 4.0);
+
+        // The peer is gone, and what waited for it grows old: there is room again.
+        drop(silent);
+        let until = Instant::now() + Duration::from_secs(60);
+        for sender in [by_count, by_bytes] {
+            for message in [fast(1), bulk(1)] {
+                while sender.send(message.clone()).is_err() {
+                    assert!(Instant::now() < until, "no room again");
+                    thread::sleep(Duration::from_millis(5));
+                }
+            }
+        }
+    }
+
     fn lane_end(queue: Receiver<Queued>, bytes: Arc<AtomicUsize>, metrics: &Metrics) -> LaneEnd {
         let metrics = metrics.peers.add(2);
         LaneEnd { queue, bytes, lane: Lane::Fast, metrics, held: None, disconnected: false }
