@@ -415,6 +415,7 @@ impl Cluster {
     }
 
     /// The process id of a node that runs.
+    #[allow(dead_code, reason = "only tests that borrow this file look at a process from outside")]
     pub(crate) fn process_id(&self, id: u64) -> u32 {
         self.process(id).id()
     }
