@@ -161,7 +161,7 @@ impl OsDisk {
     /// # Errors
     /// With the path in the text. `WouldBlock` if another process (or another `OsDisk` of this one) holds the lock.
     pub fn open(directory: &Path) -> io::Result<OsDisk> {
-        create_directory(directory).map_err(|error| annotate(error, "use data directory", directory))?;
+        create_directory(directory)?;
         let directory_handle = File::open(directory).map_err(|error| annotate(error, "open directory", directory))?;
         let lock = lock_directory(directory)?;
         Ok(OsDisk { directory: directory.to_path_buf(), directory_handle, _lock: lock })

@@ -734,7 +734,10 @@ impl Node {
         // First of all, so that a signal during a long start is not lost.
         let (exits_tx, exits) = bounded(THREADS + 1);
         spawn_signals(&exits_tx)?;
-        let disk = OsDisk::open(&config.data_dir).map_err(|error| NodeError(error.to_string()))?;
+        let disk = OsDisk::open(&config.data_dir).map_err(|error| {
+            let is_full = error.kind() == std::io::ErrorKind::StorageFull;
+            NodeError(format!("{error}{}", way_out(is_full)))
+        })?;
         let metrics = Arc::new(Metrics::new());
         let disk: Arc<dyn Disk> = Arc::new(MeasuredDisk::new(disk, metrics.clone()));
         let client_port = bind("--port", &config.listen)?;
@@ -1040,9 +1043,13 @@ fn open_data_dir(
     };
     let what = config.data_dir.display();
     data_dir::open(disk, &options).map_err(|error| {
-        let way_out = if error.is_full() { "; free some space and start the node again" } else { "" };
-        NodeError(format!("failed to open the data directory {what}: {error}{way_out}"))
+        NodeError(format!("failed to open the data directory {what}: {error}{}", way_out(error.is_full())))
     })
+}
+
+/// What a message about the disk at start ends with.
+fn way_out(is_full: bool) -> &'static str {
+    if is_full { "; free some space and start the node again" } else { "" }
 }
 
 fn spawn_signals(exits: &Sender<ThreadExit>) -> Result<(), NodeError> {
