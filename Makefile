@@ -15,10 +15,11 @@ BENCH_BINARY ?= $(or $(CARGO_TARGET_DIR),target)/release/raftexample-bench
 BENCH_DIR ?= $(or $(CARGO_TARGET_DIR),target)/bench
 export BENCH_DIR
 BENCH_PEERS = .make/bench-peers.sh
+FUZZ = .make/fuzz.sh
 # SHORT=1 for a first reading, ROWS=put-1,put-64 for some rows, BENCH_FLAGS for all else that the program takes.
 BENCH_COMPARE = $(BENCH_BINARY) compare --directory $(BENCH_DIR) $(if $(SHORT),--short) $(if $(ROWS),--rows $(ROWS))
 
-SCRIPTS = $(CLUSTER) $(BENCH_PEERS) .ci/run .ci/schemathesis.sh
+SCRIPTS = $(CLUSTER) $(BENCH_PEERS) $(FUZZ) .ci/run .ci/schemathesis.sh
 
 # How many clusters `make sim` simulates, and the seed of the first; without one it is drawn.
 SEEDS ?= 2000
@@ -31,7 +32,13 @@ NODES ?= 3
 SEED ?=
 NETWORK ?=
 
-.PHONY: help build cluster status logs stop clean test sim torture check \
+# Of `make fuzz`: how long each of TARGETS is fuzzed, all if it is empty. FUZZ_INSTALL=yes installs what it needs.
+FUZZ_SECONDS ?= 600
+TARGETS ?=
+FUZZ_INSTALL ?=
+export FUZZ_SECONDS TARGETS FUZZ_INSTALL
+
+.PHONY: help build cluster status logs stop clean test sim torture fuzz fuzz-corpus check \
 	kill-1 kill-2 kill-3 kill-4 stop-1 stop-2 stop-3 stop-4 restart-1 restart-2 restart-3 restart-4 \
 	add-4 remove-4 bench bench-binary bench-etcd bench-drift bench-parts
 
@@ -121,8 +128,15 @@ torture: build ## torture a cluster of NODES=3 for SECONDS=60, as SEED says; as 
 	TORTURE_PROGRAM='$(NODE_BINARY)' TORTURE_SECONDS='$(SECONDS)' TORTURE_NODES='$(NODES)' TORTURE_SEED='$(SEED)' \
 		TORTURE_NETWORK='$(NETWORK)' cargo test --locked --test torture -- --exact torture --nocapture
 
+fuzz: ## look FUZZ_SECONDS=600 for hostile input that breaks each of TARGETS, all in fuzz/fuzz_targets
+	@$(FUZZ) run
+
+fuzz-corpus: ## keep the few inputs that `make fuzz` found and `make test` should replay
+	@$(FUZZ) keep
+
 check: ## check format, lints, docs and scripts
 	cargo fmt --check
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --features failpoints --test failpoints -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps

@@ -479,7 +479,8 @@ impl SnapshotFiles {
     /// Stores the snapshot of `index` that a peer sends, reads it back, and puts it in place only then.
     ///
     /// # Errors
-    /// If that fails; if it is not whole; or if it is not the state of this cluster at this index and `term`.
+    /// If that fails; if it is not whole; if it is not the state of this cluster at this index and `term`; or if another
+    /// one of that index is here, which the log may name: what a peer sends does not take its place.
     pub fn receive(&self, index: u64, term: u64, body: &mut dyn Read) -> Result<Received, DataError> {
         let name = Self::name(index);
         let temporary = format!("{name}.received{TEMPORARY}");
@@ -495,6 +496,7 @@ impl SnapshotFiles {
                 contents.header.term
             ))),
         });
+        let loaded = loaded.and_then(|contents| self.check_place(&temporary, index).map(|()| contents));
         match loaded {
             Ok(snapshot::Contents { state, membership, .. }) => {
                 fail_point("receive-verified");
@@ -508,6 +510,36 @@ impl SnapshotFiles {
                 Err(error)
             }
         }
+    }
+
+    /// Whether the file may take the place of a snapshot of this index: there is none, or the same, or a damaged one.
+    fn check_place(&self, file: &str, index: u64) -> Result<(), DataError> {
+        let name = Self::name(index);
+        let names = self.disk.list().map_err(io_error("list the data directory"))?;
+        if !names.contains(&name) || self.same_bytes(file, &name)? || self.load_from(&name, index).is_err() {
+            return Ok(());
+        }
+        Err(DataError::Unusable(format!("the snapshot {name} is here already, and was received with another content")))
+    }
+
+    fn same_bytes(&self, left: &str, right: &str) -> Result<bool, DataError> {
+        let read = || {
+            let (left, right) = (self.disk.open(left)?, self.disk.open(right)?);
+            let mut pieces = [vec![0; SNAPSHOT_BUFFER_BYTES], vec![0; SNAPSHOT_BUFFER_BYTES]];
+            let mut offset = 0;
+            loop {
+                let [left_piece, right_piece] = &mut pieces;
+                let got = read_full(&*left, left_piece, offset)?;
+                if read_full(&*right, right_piece, offset)? != got || left_piece[..got] != right_piece[..got] {
+                    return Ok(false);
+                }
+                if got == 0 {
+                    return Ok(true);
+                }
+                offset += got as u64;
+            }
+        };
+        read().map_err(io_error(format!("compare {left} to {right}")))
     }
 
     /// Writes and syncs a file; its length. A file that can't be completed is removed.
@@ -817,6 +849,26 @@ mod tests {
         assert_eq!(state.applied_index(), 9);
         assert_eq!((info.index, info.bytes, &*membership), (9, whole.len() as u64, &founders(3)));
         assert_eq!(received.load(9).unwrap().0.applied_index(), 9);
+    }
+
+    #[test]
+    fn a_received_snapshot_takes_no_other_ones_place() {
+        let disk = MemoryDisk::new();
+        let files = SnapshotFiles::new(Arc::new(disk.clone()), CLUSTER);
+        let mut state = StateMachine::new();
+        advance_to(&mut state, 9);
+        // The log may name it, and a start would go on from what a peer made of it.
+        files.write(&state.capture(Arc::new(founders(3)))).unwrap();
+        let own = disk.read_file(&SnapshotFiles::name(9)).unwrap();
+        let mut other = Vec::new();
+        snapshot::write(&state.capture(Arc::new(founders(2))), CLUSTER, &mut other).unwrap();
+        assert!(files.receive(9, 1, &mut &other[..]).is_err());
+        assert_eq!(disk.list().unwrap(), [SnapshotFiles::name(9)]);
+        assert_eq!(disk.read_file(&SnapshotFiles::name(9)).unwrap(), own);
+        assert!(files.receive(9, 1, &mut &own[..]).is_ok(), "the same comes twice");
+        disk.flip_bit(&SnapshotFiles::name(9), 100);
+        assert!(files.receive(9, 1, &mut &other[..]).is_ok(), "a damaged one is of no use");
+        assert_eq!(*files.load(9).unwrap().1, founders(2));
     }
 
     #[test]

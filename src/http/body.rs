@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind, Read};
 
 use super::fault::Fault;
 use super::head::Framing;
-use super::socket::{INPUT_BYTES, Input, Patience, Socket};
+use super::socket::{INPUT_BYTES, Input, Patience, Source};
 
 /// First allocation for a body of declared length: a client that only claims to send much gets no more than this.
 const FIRST_BODY_BYTES: usize = 64 * 1024;
@@ -37,20 +37,20 @@ enum Position {
 
 /// Reads one request's body and leaves what follows it for the next request.
 #[derive(Debug)]
-pub(super) struct BodyReader<'c, 's> {
+pub(super) struct BodyReader<'c, S> {
     input: &'c mut Input,
-    socket: &'c mut Socket<'s>,
+    socket: &'c mut S,
     position: Position,
     patience: Patience,
 }
 
-impl<'c, 's> BodyReader<'c, 's> {
+impl<'c, S: Source> BodyReader<'c, S> {
     pub(super) fn new(
         input: &'c mut Input,
-        socket: &'c mut Socket<'s>,
+        socket: &'c mut S,
         framing: Framing,
         patience: Patience,
-    ) -> BodyReader<'c, 's> {
+    ) -> BodyReader<'c, S> {
         let position = match framing {
             Framing::Length(0) => Position::End,
             Framing::Length(bytes) => Position::Length(bytes),
@@ -185,7 +185,7 @@ impl<'c, 's> BodyReader<'c, 's> {
     }
 }
 
-impl Read for BodyReader<'_, '_> {
+impl<S: Source> Read for BodyReader<'_, S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.read_some(buffer).inspect_err(|_| self.position = Position::Lost)
     }
@@ -239,6 +239,7 @@ fn fault_of(error: &io::Error) -> Fault {
 
 #[cfg(test)]
 mod tests {
+    use super::super::socket::Socket;
     use super::*;
     use proptest::prelude::*;
     use std::io::Write;

@@ -32,10 +32,13 @@ mod mailbox;
 mod connection;
 mod event_loop;
 mod server;
+mod offline;
 
 pub use head::{Head, read_head};
 pub use limits::Limits;
 pub use mailbox::{Caller, EventLoop, Mailbox};
+#[doc(hidden)]
+pub use offline::{OfflineConnection, Taking};
 pub use response::{Payload, Response, respond};
 pub use server::{Connections, Handle, Listener, Stopped};
 pub use service::{Admission, Begun, Body, Service};

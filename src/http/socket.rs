@@ -36,11 +36,8 @@ impl<'a> Socket<'a> {
         self.stream
     }
 
-    /// Reads what is there, waiting for the first byte. `Ok(0)` is the client's end, or ours if this server stops.
-    ///
-    /// # Errors
-    /// `TimedOut` when patience ends; else what the socket says.
-    pub(super) fn read(&mut self, buffer: &mut [u8], patience: Patience) -> io::Result<usize> {
+    /// See [`Source::read`].
+    fn read_some(&mut self, buffer: &mut [u8], patience: Patience) -> io::Result<usize> {
         let timeout = coarse(left(patience)?);
         if self.read_timeout != Some(timeout) {
             self.stream.set_read_timeout(Some(timeout))?;
@@ -102,6 +99,21 @@ impl<'a> Socket<'a> {
     pub(super) fn finish(&self) {
         // A connection that is gone already is finished too.
         let _ = self.stream.shutdown(Shutdown::Write);
+    }
+}
+
+/// Where the bytes of a connection come from: its socket, or without a connection whatever stands in for one.
+pub(super) trait Source {
+    /// Reads what is there, waiting for the first byte. `Ok(0)` is the client's end, or ours if this server stops.
+    ///
+    /// # Errors
+    /// `TimedOut` when patience ends; else what the socket says.
+    fn read(&mut self, buffer: &mut [u8], patience: Patience) -> io::Result<usize>;
+}
+
+impl Source for Socket<'_> {
+    fn read(&mut self, buffer: &mut [u8], patience: Patience) -> io::Result<usize> {
+        self.read_some(buffer, patience)
     }
 }
 
@@ -171,9 +183,9 @@ impl Input {
     /// Reads more, once. The buffer grows if it is nearly full: how far, the caller limits by what it leaves unused.
     ///
     /// # Errors
-    /// As [`Socket::read`].
-    pub(super) fn fill(&mut self, socket: &mut Socket<'_>, patience: Patience) -> io::Result<usize> {
-        self.fill_with(|buffer| socket.read(buffer, patience))
+    /// As [`Source::read`].
+    pub(super) fn fill(&mut self, source: &mut impl Source, patience: Patience) -> io::Result<usize> {
+        self.fill_with(|buffer| source.read(buffer, patience))
     }
 
     /// The same with a read of the caller's.
