@@ -19,11 +19,16 @@ FUZZ = .make/fuzz.sh
 # SHORT=1 for a first reading, ROWS=put-1,put-64 for some rows, BENCH_FLAGS for all else that the program takes.
 BENCH_COMPARE = $(BENCH_BINARY) compare --directory $(BENCH_DIR) $(if $(SHORT),--short) $(if $(ROWS),--rows $(ROWS))
 
-SCRIPTS = $(CLUSTER) $(BENCH_PEERS) $(FUZZ) .ci/run .ci/schemathesis.sh
+BREAKAGE = .make/breakage.sh
+
+SCRIPTS = $(CLUSTER) $(BENCH_PEERS) $(FUZZ) $(BREAKAGE) .ci/run .ci/schemathesis.sh
 
 # How many clusters `make sim` simulates, and the seed of the first; without one it is drawn.
 SEEDS ?= 2000
 START ?=
+
+# Some of the breakages of `make breakage`, by parts of their names; empty is all.
+BREAKAGES ?=
 
 # Of `make torture`: how long faults go on, how many members the cluster has, the seed of a run that is to be tried again,
 # and `namespaces` or `loopback` for the network; empty is any.
@@ -38,7 +43,7 @@ TARGETS ?=
 FUZZ_INSTALL ?=
 export FUZZ_SECONDS TARGETS FUZZ_INSTALL
 
-.PHONY: help build cluster status logs stop clean test sim torture fuzz fuzz-corpus check \
+.PHONY: help build cluster status logs stop clean test sim breakage torture fuzz fuzz-corpus check \
 	kill-1 kill-2 kill-3 kill-4 stop-1 stop-2 stop-3 stop-4 restart-1 restart-2 restart-3 restart-4 \
 	add-4 remove-4 bench bench-binary bench-etcd bench-drift bench-parts
 
@@ -123,6 +128,9 @@ sim: ## simulate SEEDS=n clusters (2000), the first from seed START=s (any)
 	echo "make sim SEEDS=$(SEEDS) START=$$start" && \
 	SIM_SEEDS=$(SEEDS) SIM_START=$$start RUST_BACKTRACE=0 \
 		cargo test --locked --test simulation -- --exact any_cluster --nocapture
+
+breakage: ## break the program in each way that tests/breakage knows, and see that simulations notice; BREAKAGES=03 for some
+	@$(BREAKAGE) $(BREAKAGES)
 
 torture: build ## torture a cluster of NODES=3 for SECONDS=60, as SEED says; as root in network namespaces
 	TORTURE_PROGRAM='$(NODE_BINARY)' TORTURE_SECONDS='$(SECONDS)' TORTURE_NODES='$(NODES)' TORTURE_SEED='$(SEED)' \

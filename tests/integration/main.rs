@@ -9,6 +9,8 @@
 mod api;
 /// The load generator's own clusters.
 mod bench;
+/// The patches of `make breakage`.
+mod breakage;
 /// A client that repeats what may be repeated, at another node if need be.
 mod caller;
 /// A copy of what `make` needs to run a cluster.

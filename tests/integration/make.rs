@@ -35,6 +35,7 @@ fn help_names_all_targets() {
         "bench-parts",
         "test",
         "sim",
+        "breakage",
         "torture",
         "check",
     ];
