@@ -9,15 +9,14 @@ set -eu
 
 : "${BREAKAGE_SECONDS:=600}" # for each
 : "${BREAKAGE_SOUND:=1000}" # clusters of the program as it is
-: "${BREAKAGE_DIR:=target/breakage}"
+: "${BREAKAGE_DIR:=${CARGO_TARGET_DIR:-target}/breakage}"
 
 SCENARIO=any_cluster
 # In seeds: small enough that the time is kept, and that a failure early in it is not waited for.
 PIECE=1000
 PATCHES=$PWD/tests/breakage
-# Dependencies are those of all tests, built once. What has changed since is compiled alone.
-CARGO_TARGET_DIR=$(realpath "${CARGO_TARGET_DIR:-target}")
-export CARGO_TARGET_DIR CARGO_INCREMENTAL=1 RUST_BACKTRACE=0
+# Of each broken tree only what differs from the one before is compiled.
+export CARGO_INCREMENTAL=1 RUST_BACKTRACE=0
 
 say() { printf 'breakage: %s\n' "$*" >&2; }
 
@@ -26,7 +25,7 @@ say() { printf 'breakage: %s\n' "$*" >&2; }
 copy() {
     for part in Cargo.toml Cargo.lock src tests benches; do
         find "$part" -type f | while read -r file; do
-            cmp -s "$file" "$TREE/$file" || { mkdir -p "$TREE/${file%/*}" && cp "$file" "$TREE/$file"; }
+            cmp -s "$file" "$TREE/$file" || { mkdir -p "$TREE/$(dirname "$file")" && cp "$file" "$TREE/$file"; }
         done
         [ ! -d "$TREE/$part" ] || (cd "$TREE" && find "$part" -type f) | while read -r file; do
             [ -e "$file" ] || rm "$TREE/$file"
@@ -52,7 +51,7 @@ simulate() {
 }
 
 # failure: what the failed simulation says, in one line: seed and reason.
-failure() { sed -n "s/^$SCENARIO fails with seed \([0-9]*\): /\1 /p" "$LOG" | head -n 1 | cut -c 1-200; }
+failure() { sed -n "s/^$SCENARIO fails with seed \([0-9]*\): \([^;]*\).*/\1 \2/p" "$LOG" | head -n 1 | cut -c 1-150; }
 
 # row NAME SEEDS SECONDS WHAT
 row() { printf '%-26s %-11s %7s %7s  %s\n' "$1" "$SCENARIO" "$2" "$3" "$4" >>"$TABLE"; }
@@ -111,6 +110,9 @@ is_wanted() {
 command -v git >/dev/null || { say 'git is needed, to apply patches'; exit 2; }
 mkdir -p "$BREAKAGE_DIR/tree"
 TREE=$(realpath "$BREAKAGE_DIR/tree")
+# Its own, and the same for all: cargo would take a broken program for that of the tree around it, which looks the same.
+CARGO_TARGET_DIR=$(realpath "$BREAKAGE_DIR")/target
+export CARGO_TARGET_DIR
 LOG=$(realpath "$BREAKAGE_DIR")/last.log
 TABLE=$(realpath "$BREAKAGE_DIR")/table
 : >"$TABLE"

@@ -53,6 +53,15 @@ const HELLO_TICKS: u64 = 3;
 /// One in so many answers does not reach its client.
 const ANSWERS_LOST: u64 = 200;
 
+/// One in so many turns comes late, as behind a sync that took long: much is taken in until then.
+const SLOW_TURNS: u64 = 100;
+
+/// How much later these come.
+const SLOW_FACTOR: u64 = 500;
+
+/// The power ends again in one of so many starts, or soon after it: what a start does has to survive that too.
+const STARTS_CUT_SHORT: u64 = 8;
+
 /// What is going to happen.
 pub enum Event {
     Tick(NodeId, u64),
@@ -194,6 +203,7 @@ pub struct Tally {
     pub terms: usize,
     pub committed: u64,
     pub deaths: u64,
+    pub starts_cut_short: u64,
     pub disk_errors: u64,
     pub snapshots_written: u64,
     pub snapshots_installed: u64,
@@ -219,6 +229,7 @@ impl Tally {
         self.terms += other.terms;
         self.committed += other.committed;
         self.deaths += other.deaths;
+        self.starts_cut_short += other.starts_cut_short;
         self.disk_errors += other.disk_errors;
         self.snapshots_written += other.snapshots_written;
         self.snapshots_installed += other.snapshots_installed;
@@ -436,7 +447,8 @@ impl<'t> World<'t> {
             process.look_for_room(now);
         }
         self.call(id, call)?;
-        let delay = Duration::from_micros(self.random.below(300));
+        let slowness = if self.faults && self.random.one_in(SLOW_TURNS) { SLOW_FACTOR } else { 1 };
+        let delay = Duration::from_micros(self.random.below(300) * slowness);
         if let Some(process) = self.process(id)
             && !std::mem::replace(&mut process.turn_planned, true)
         {
@@ -938,11 +950,15 @@ impl<'t> World<'t> {
         if machine.process.is_some() || machine.is_removed || machine.is_dead {
             return Ok(());
         }
+        if self.faults && self.random.one_in(STARTS_CUT_SHORT) {
+            machine.power_ends_during_start(&mut self.random);
+        }
         let started = surviving(|| machine.start(&self.founders, contacts, &self.settings, now, &mut self.random));
         if let Err(reason) = started.and_then(|started| started) {
             if !(machine.disk_is_faulty || machine.disk_is_full && reason.contains(NO_SPACE)) {
                 return Err(format!("node {id} can't be started: {reason}"));
             }
+            self.tally.starts_cut_short += u64::from(machine.disk_is_faulty);
             self.dies(id, Death::PowerLoss, &reason);
             return Ok(());
         }

@@ -101,6 +101,7 @@ fn any_cluster() {
     if !seeds::are_chosen() {
         // A schedule in which these do not come about tests less than it says.
         let happened = [
+            ("starts_cut_short", tally.starts_cut_short),
             ("directories_lost", tally.directories_lost),
             ("disowned", tally.disowned),
             ("lost_members_replaced", tally.lost_members_replaced),

@@ -106,6 +106,9 @@ impl SimulatedHost<'_> {
 /// One in so many messages comes over a new connection.
 const RECONNECTS: u64 = 100;
 
+/// About how many changes of the disk a start makes, its founding and the first term included.
+const CHANGES_OF_A_START: u64 = 30;
+
 /// How often a peer's queue is full: one in so many messages.
 const QUEUE_FULL: u64 = 500;
 
@@ -278,6 +281,12 @@ impl Machine {
         (self.disk, self.disk_is_full) = (disk, false);
         self.lost_after = Some(self.run);
         self.came_back_with = came_back_with;
+    }
+
+    /// Lets the power end within the changes of the disk that the next start makes, or its first messages cause.
+    pub fn power_ends_during_start(&mut self, random: &mut Random) {
+        self.disk.stop_at(1 + random.below(CHANGES_OF_A_START));
+        self.disk_is_faulty = true;
     }
 
     /// Starts a node on the disk as it is. One that is no founder is told of members by its `contacts`.
