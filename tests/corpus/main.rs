@@ -2,6 +2,7 @@
 //! of its name. `make fuzz` looks for more of them with the same code, see `fuzz/fuzz_targets`.
 
 #![allow(missing_docs, unreachable_pub, reason = "a test has no users")]
+#![allow(clippy::result_large_err, reason = "the library's errors are passed on as they are")]
 
 mod choices;
 mod http;

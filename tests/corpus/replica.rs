@@ -14,7 +14,7 @@ use raftexample::command::{Command, Condition, RequestId};
 use raftexample::data_dir::Beginning;
 use raftexample::membership::NodeId;
 use raftexample::message::AdminRequest;
-use raftexample::peer_protocol::{AdminOutcome, ForwardRefusal, ForwardedWrite, PeerMessage};
+use raftexample::peer_protocol::{AdminOutcome, ForwardName, ForwardRefusal, ForwardedWrite, PeerMessage};
 
 use crate::choices::Choices;
 use crate::node::{ELECTION_TICKS, Node, Result, founders};
@@ -68,11 +68,15 @@ fn step(node: &mut Node, choices: &mut Choices<'_>) -> Result<()> {
         20 => {
             let from = peers::peer(choices);
             let writes = (0..choices.below(4)).map(|_| forwarded(choices, from)).collect();
-            node.peer(from, PeerMessage::Forward(writes))?;
+            // Mostly of the present term, and in any order.
+            let (term, number) = (node.core().term(), u64::from(choices.byte()));
+            let name = ForwardName { term: term - u64::from(number == 255).min(term), boot: 1, number };
+            node.peer(from, PeerMessage::Forward { name, writes })?;
         }
         21 => {
             let (id, request) = (request_id(node, choices), admin_request(choices));
-            node.peer(peers::peer(choices), PeerMessage::AdminForward { id, request })?;
+            let term = node.core().term();
+            node.peer(id.node, PeerMessage::AdminForward { term, id, request })?;
         }
         22 => {
             let id = request_id(node, choices);

@@ -81,7 +81,7 @@ fn well_checked(choices: &mut Choices<'_>) -> Vec<u8> {
         section = match choices.byte() {
             0..=99 => section,
             100..=199 => (section + 1).min(7),
-            other => other.wrapping_mul(7) % 10 | if other > 250 { 0x80 } else { 0 },
+            other => (other.wrapping_mul(7) % 10) | if other > 250 { 0x80 } else { 0 },
         };
         let payload = match choices.one_in(16) {
             true => choices.piece().to_vec(),
