@@ -107,11 +107,12 @@ impl LogState {
             if restart {
                 check_restart(new, settled)?;
                 last = Position { index: new.index, term: new.term };
-                settled = new.index;
             } else if new.index < marker || self.term(new.index) != Some(new.term) {
                 return Err(format!("a marker at index {}, term {} that the log does not hold", new.index, new.term));
             }
             marker = new.index;
+            // What a snapshot holds is committed: the same batch does not replace it.
+            settled = settled.max(new.index);
         }
         if let Some(first) = batch.entries.first() {
             check_reach(first.index, settled, last.index)?;

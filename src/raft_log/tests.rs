@@ -448,6 +448,10 @@ fn what_breaks_the_rules_is_refused_and_the_log_goes_on() {
         let result = log.write(&Batch { marker: Some(&bad), ..Batch::default() }, true);
         assert!(matches!(result, Err(LogError::Misuse(_))), "{bad:?}");
     }
+    // A snapshot of an entry that the same batch replaces: the next segment would begin with a lie.
+    let (marker, entries_anew, hard_state) = (marker(55, 1), entries(&[(53, 2), (54, 2), (55, 2)]), hard_state(2, 55));
+    let batch = Batch { marker: Some(&marker), entries: &entries_anew, hard_state: Some(&hard_state) };
+    assert!(matches!(log.write(&batch, true), Err(LogError::Misuse(_))));
     assert!(matches!(log.compact_to(31), Err(LogError::Misuse(_))));
     log.compact_to(1).unwrap();
     assert_eq!(disk.counts(), before, "nothing was written");

@@ -283,7 +283,9 @@ impl Node {
         let (index, term, content) = match apply {
             Apply::Command { index, term, id, command, .. } => (*index, *term, format!("{id:?} {command:?}")),
             Apply::Nothing { index, term } => (*index, *term, "nothing".to_owned()),
-            Apply::Membership { index, term, membership } => (*index, *term, format!("{membership:?}")),
+            Apply::Membership { index, term, membership } => {
+                (*index, *term, membership.encode().escape_ascii().to_string())
+            }
             Apply::Restore { index, .. } => {
                 assert!(*index > applied, "a snapshot of {index} took the place of what was applied up to {applied}");
                 return;

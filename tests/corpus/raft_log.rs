@@ -89,16 +89,15 @@ fn written(choices: &mut Choices<'_>, spoil: fn(&mut Choices<'_>, &MemoryDisk) -
     let shown = Shown::of(&log);
     let oldest = if excused { 0 } else { synced };
     assert!(history[oldest..].contains(&shown), "a log opened with what it never was, or without what was synced");
-    go_on(&mut log, &shown);
+    go_on(&mut log);
     drop(log);
     let reopened = open(&disk).expect("a log that was opened and written to opens again");
     assert_eq!(reopened.last_index(), shown.last_index() + 1);
 }
 
 /// The log that was opened is fit to be written to.
-fn go_on(log: &mut RaftLog, shown: &Shown) {
-    let term = shown.hard_state.term.max(shown.entries.last().map_or(0, |entry| entry.term)) + 1;
-    let term = term.max(shown.markers.last().map_or(0, |marker| marker.term));
+fn go_on(log: &mut RaftLog) {
+    let term = newest_term(log) + 1;
     let index = log.last_index() + 1;
     let entries = [entry(index, term, b"more")];
     let hard_state = hard_state(term, 2, index);
@@ -238,12 +237,13 @@ fn forged(choices: &mut Choices<'_>) {
     assert_eq!(Shown::of(&log).last_index(), shown.last_index());
     drop(log);
     let mut log = open(&disk).expect("a log that was opened and compacted opens again");
-    if shown.last_index() < u64::MAX / 2 && shown.hard_state.term < u64::MAX / 2 {
-        let shown = Shown::of(&log);
-        if shown.entries.last().is_none_or(|entry| entry.term < u64::MAX / 2)
-            && shown.markers.last().is_none_or(|marker| marker.term < u64::MAX / 2)
-        {
-            go_on(&mut log, &shown);
-        }
+    if log.last_index().max(newest_term(&log)) < u64::MAX / 2 {
+        go_on(&mut log);
     }
+}
+
+/// Of the last entry, or of Raft if that is higher.
+fn newest_term(log: &RaftLog) -> u64 {
+    let last = log.term(log.last_index()).expect("there is a term of the last index");
+    log.hard_state().term.max(last)
 }
