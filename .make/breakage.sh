@@ -13,7 +13,7 @@ set -eu
 
 SCENARIO=any_cluster
 # In seeds: small enough that the time is kept, and that a failure early in it is not waited for.
-PIECE=1000
+PIECE=250
 PATCHES=$PWD/tests/breakage
 # Of each broken tree only what differs from the one before is compiled.
 export CARGO_INCREMENTAL=1 RUST_BACKTRACE=0
