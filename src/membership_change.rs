@@ -4,6 +4,8 @@
 //! membership may have moved on in between. Both ask [`Membership::conf_change`], which looks at nothing but the
 //! membership, so that all nodes decide alike; a change that is not allowed any more is a no-op everywhere.
 
+use std::collections::BTreeSet;
+
 use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState};
 
 use crate::codec::{self, Fields, Malformed};
@@ -136,6 +138,15 @@ impl Membership {
     /// Whether `id` counts for a quorum now.
     pub fn is_voter(&self, id: NodeId) -> bool {
         self.conf_state.voters.contains(&id) || self.conf_state.voters_outgoing.contains(&id)
+    }
+
+    /// Whether its members are those that have a role, and none of them was removed: so it is after every change, and of
+    /// anything else no change could be told whether it has been made.
+    pub fn is_consistent(&self) -> bool {
+        let ConfState { voters, learners, voters_outgoing, learners_next, .. } = &self.conf_state;
+        let with_role: BTreeSet<NodeId> =
+            [voters, learners, voters_outgoing, learners_next].into_iter().flatten().copied().collect();
+        self.members.keys().eq(&with_role) && self.removed.is_disjoint(&with_role)
     }
 
     /// Raft's form of `change`, or why it is not allowed now. `Err` is for a person to read.
@@ -281,6 +292,21 @@ mod tests {
 
     fn three() -> Membership {
         Membership::founding((1..=3).map(|id| (id, format!("http://127.0.0.1:{id}"))))
+    }
+
+    #[test]
+    fn a_member_has_a_role_and_a_role_has_a_member() {
+        let good = three();
+        assert!(good.is_consistent() && Membership::default().is_consistent());
+        let mut without_role = good.clone();
+        without_role.conf_state.voters.pop();
+        let mut without_member = good.clone();
+        without_member.members.remove(&2);
+        let mut removed = good;
+        removed.removed.insert(2);
+        for membership in [without_role, without_member, removed] {
+            assert!(!membership.is_consistent(), "{membership:?}");
+        }
     }
 
     fn conf_state(voters: &[u64], learners: &[u64], outgoing: &[u64]) -> ConfState {

@@ -583,6 +583,8 @@ impl<W> Replica<W> {
         self.heard.insert(from, (self.ticks, self.now));
         if message.get_snapshot().get_metadata().get_conf_state() != &membership.conf_state {
             host.offended(from, Offence::Type(MessageType::MsgSnapshot));
+        } else if !membership.is_consistent() {
+            host.offended(from, Offence::Malformed("its members are not those of its configuration"));
         } else if let Err(offence) = self.core.step_snapshot(message, membership, state)? {
             host.offended(from, offence);
         }

@@ -13,6 +13,9 @@ use super::{Batch, Marker, Position};
 /// is damaged and the entries behind it are still there.
 pub(super) const MARKERS_MAX: usize = 8;
 
+/// The highest index that a log begins behind. Nobody gets there, and from here on numbers can still be added to.
+const START_MAX: u64 = u64::MAX / 2;
+
 /// Where an entry lies.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Slot {
@@ -212,6 +215,10 @@ impl LogState {
     }
 
     fn checkpoint(&mut self, compacted: Position, last: Position) -> Result<(), String> {
+        let is_possible = if compacted.index == last.index { compacted == last } else { compacted.index < last.index };
+        if !is_possible || last.index > START_MAX {
+            return Err(format!("a log that was compacted to {} and ends at {}", compacted.index, last.index));
+        }
         if self.markers.is_empty() {
             self.restart(compacted, last);
         } else if (compacted, last) != (self.compacted, self.last) {
@@ -277,6 +284,9 @@ fn check_reach(index: u64, settled: u64, last: u64) -> Result<(), String> {
 }
 
 fn check_restart(marker: &Marker, commit: u64) -> Result<(), String> {
+    if marker.index > START_MAX {
+        return Err(format!("a snapshot at {}, which no log reaches", marker.index));
+    }
     if marker.index < commit {
         return Err(format!("a snapshot at {} would undo commits up to {commit}", marker.index));
     }
