@@ -51,8 +51,8 @@ for target in $targets; do
 		kept=fuzz/corpus/$target.kept
 		rm -rf "$kept"
 		mkdir "$kept"
-		# What broke something once has a name, and stays.
-		cp "fuzz/corpus/$target"/found-* "$kept" 2>/dev/null || :
+		# What has a name was put there by hand, for what it broke once, and stays. Others are named by a hash.
+		cp "fuzz/corpus/$target"/*-* "$kept" 2>/dev/null || :
 		fuzz "$target" "$kept" "fuzz/corpus/$target" "$found/$target" -- -set_cover_merge=1 -use_counters=0
 		rm -rf "fuzz/corpus/${target:?}"
 		mv "$kept" "fuzz/corpus/$target"
