@@ -133,6 +133,7 @@ impl Node {
         }
     }
 
+    /// A tick, behind which the node does what there is to do, as the driver lets it: no second one comes before.
     pub fn tick(&mut self) -> Result<()> {
         self.process.now += TICK;
         let now = self.process.now;
@@ -140,7 +141,8 @@ impl Node {
             replica.tick(now, done);
             replica.record_directories(&|id| Some(u128::from(id)));
             Ok(())
-        })
+        })?;
+        self.process()
     }
 
     pub fn process(&mut self) -> Result<()> {

@@ -51,7 +51,6 @@ fn step(node: &mut Node, choices: &mut Choices<'_>) -> Result<()> {
         2 => {
             for _ in 0..2 * ELECTION_TICKS {
                 node.tick()?;
-                node.process()?;
                 if node.core().role() != StateRole::Follower {
                     break;
                 }
@@ -165,7 +164,6 @@ fn elect(node: &mut Node) -> Result<()> {
             return Ok(());
         }
         node.tick()?;
-        node.process()?;
         for answer in honest_answers(node) {
             node.peer(answer.from, PeerMessage::Raft(answer))?;
             node.process()?;
