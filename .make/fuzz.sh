@@ -1,11 +1,12 @@
 #!/bin/sh
 # Looks for inputs that break what reads hostile input: `fuzz.sh run`, for FUZZ_SECONDS and each of TARGETS.
-# `fuzz.sh keep` puts the few inputs that reach all of the code that was reached into fuzz/corpus, for `cargo test`.
+# `fuzz.sh keep` puts the few inputs that reach all of the code that was reached into fuzz/corpus, for `cargo test`: one file
+# for each target, one line for each input, its name and then its bytes in base64.
 set -eu
 
 command=${1:-run}
 seconds=${FUZZ_SECONDS:-600}
-targets=${TARGETS:-$(cd fuzz/fuzz_targets && ls | sed 's/\.rs$//')}
+targets=${TARGETS:-$(for target in fuzz/fuzz_targets/*.rs; do basename "$target" .rs; done)}
 # All that is built and found, but what breaks something: that lies in fuzz/artifacts.
 build=${CARGO_TARGET_DIR:-target}/fuzz
 found=${FUZZ_DIR:-$build/corpus}
@@ -39,23 +40,40 @@ fuzz() {
 	cargo fuzz run --target-dir "$build" --sanitizer "${FUZZ_SANITIZER:-none}" "$target" "$@"
 }
 
+# unpack TARGET: its kept inputs, a file each, into $kept.
+unpack() {
+	rm -rf "$kept"
+	mkdir -p "$kept"
+	while read -r name input; do
+		printf '%s' "$input" | base64 -d >"$kept/$name"
+	done <"fuzz/corpus/$1.inputs"
+}
+
+# pack DIRECTORY TARGET: the other way round.
+pack() {
+	for file in "$1"/*; do
+		printf '%s %s\n' "$(basename "$file" | cut -c 1-40)" "$(base64 <"$file" | tr -d '\n')"
+	done >"fuzz/corpus/$2.inputs"
+}
+
 for target in $targets; do
 	mkdir -p "$found/$target"
+	kept=$build/kept/$target
+	unpack "$target"
 	case $command in
 	run)
 		echo "fuzzing $target for $seconds seconds"
-		fuzz "$target" "$found/$target" "fuzz/corpus/$target" -- -max_total_time="$seconds" -max_len=2048 -timeout=20 \
+		fuzz "$target" "$found/$target" "$kept" -- -max_total_time="$seconds" -max_len=2048 -timeout=20 \
 			-rss_limit_mb=2048 -print_final_stats=1
 		;;
 	keep)
-		kept=fuzz/corpus/$target.kept
-		rm -rf "$kept"
-		mkdir "$kept"
+		few=$build/few/$target
+		rm -rf "$few"
+		mkdir -p "$few"
 		# What has a name was put there by hand, for what it broke once, and stays. Others are named by a hash.
-		cp "fuzz/corpus/$target"/*-* "$kept" 2>/dev/null || :
-		fuzz "$target" "$kept" "fuzz/corpus/$target" "$found/$target" -- -set_cover_merge=1 -use_counters=0
-		rm -rf "fuzz/corpus/${target:?}"
-		mv "$kept" "fuzz/corpus/$target"
+		cp "$kept"/*-* "$few" 2>/dev/null || :
+		fuzz "$target" "$few" "$kept" "$found/$target" -- -set_cover_merge=1 -use_counters=0
+		pack "$few" "$target"
 		;;
 	*)
 		fail "fuzz.sh: '$command' is neither run nor keep"

@@ -20,24 +20,30 @@ use std::fs;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+
 /// All inputs together: they are replayed with every change, and cloned with every copy of the source.
 const BYTES_MAX: usize = 300_000;
 
+/// The inputs of a target by name: a line of its file each, the name and then the bytes in base64.
 fn corpus(target: &str) -> Vec<(String, Vec<u8>)> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
-    let files = fs::read_dir(&directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
-    let paths = files.map(|file| file.expect("the directory can be read").path());
-    let mut inputs: Vec<_> =
-        paths.map(|path| (path.display().to_string(), fs::read(&path).expect("the file can be read"))).collect();
-    inputs.sort();
-    assert!(!inputs.is_empty(), "{} is empty", directory.display());
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fuzz/corpus/{target}.inputs"));
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let inputs = text.lines().map(|line| {
+        let (name, input) = line.split_once(' ').expect("a name and an input");
+        (name.to_owned(), BASE64_STANDARD.decode(input).expect("base64"))
+    });
+    let inputs: Vec<_> = inputs.collect();
+    assert!(!inputs.is_empty(), "{} is empty", path.display());
     inputs
 }
 
 fn replay(target: &str, run: fn(&[u8])) {
-    for (path, input) in corpus(target) {
+    for (name, input) in corpus(target) {
         // The message of the panic itself stands above this one.
-        panic::catch_unwind(AssertUnwindSafe(|| run(&input))).unwrap_or_else(|_| panic!("it was the input {path}"));
+        panic::catch_unwind(AssertUnwindSafe(|| run(&input)))
+            .unwrap_or_else(|_| panic!("it was the input {name} in fuzz/corpus/{target}.inputs"));
     }
 }
 
@@ -67,7 +73,7 @@ fn every_target_has_its_few_inputs() {
     };
     let mut targets: Vec<_> = TARGETS.to_vec();
     targets.sort_unstable();
-    assert_eq!(names("corpus", ""), targets, "the directories in fuzz/corpus");
+    assert_eq!(names("corpus", ".inputs"), targets, "the files in fuzz/corpus");
     assert_eq!(names("fuzz_targets", ".rs"), targets, "the programs in fuzz/fuzz_targets");
     let bytes: usize = TARGETS.iter().flat_map(|target| corpus(target)).map(|(_, input)| input.len()).sum();
     assert!(bytes <= BYTES_MAX, "the inputs have {bytes} bytes: keep fewer, see `make fuzz-corpus`");

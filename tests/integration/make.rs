@@ -37,6 +37,8 @@ fn help_names_all_targets() {
         "sim",
         "breakage",
         "torture",
+        "fuzz",
+        "fuzz-corpus",
         "check",
     ];
     let lines = targets.map(|target| format!("make {target} "));
