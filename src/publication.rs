@@ -17,10 +17,75 @@ use crate::store::Version;
 /// How long after a reader has asked a version is published for every batch.
 pub const DEMAND_INTERVAL: Duration = Duration::from_secs(1);
 
+/// The newest version and how far the applier is: what it and the readers agree on without a lock. A test puts models in
+/// the place of both.
+struct Newest<P, N> {
+    version: P,
+    applied_index: N,
+}
+
+/// Where a version lies, to be replaced as a whole.
+trait Place {
+    type Version;
+    fn load(&self) -> Arc<Self::Version>;
+    fn store(&self, version: Arc<Self::Version>);
+    fn index(version: &Self::Version) -> u64;
+}
+
+/// A number that one thread writes and others read: what was written before it is seen by whoever has read it.
+trait Number {
+    fn load(&self) -> u64;
+    fn store(&self, value: u64);
+}
+
+impl Place for ArcSwap<Version> {
+    type Version = Version;
+
+    fn load(&self) -> Arc<Version> {
+        self.load_full()
+    }
+
+    fn store(&self, version: Arc<Version>) {
+        ArcSwap::store(self, version);
+    }
+
+    fn index(version: &Version) -> u64 {
+        version.applied_index()
+    }
+}
+
+impl Number for AtomicU64 {
+    fn load(&self) -> u64 {
+        AtomicU64::load(self, Ordering::Acquire)
+    }
+
+    fn store(&self, value: u64) {
+        AtomicU64::store(self, value, Ordering::Release);
+    }
+}
+
+impl<P: Place, N: Number> Newest<P, N> {
+    /// The version, if it holds everything applied until now.
+    fn version(&self) -> Option<Arc<P::Version>> {
+        // The number first: the version may become newer meanwhile, never older.
+        let applied_index = self.applied_index.load();
+        Some(self.version.load()).filter(|version| P::index(version) >= applied_index)
+    }
+
+    /// For the applier: a version comes before its number is noted.
+    fn replace(&self, version: Arc<P::Version>) {
+        self.version.store(version);
+    }
+
+    /// For the applier, before it answers anyone.
+    fn note(&self, applied_index: u64) {
+        self.applied_index.store(applied_index);
+    }
+}
+
 /// The newest published version, and how far the applier is.
 pub struct Publication {
-    version: ArcSwap<Version>,
-    applied_index: AtomicU64,
+    newest: Newest<ArcSwap<Version>, AtomicU64>,
     keys: AtomicU64,
     bytes: AtomicU64,
     started: Instant,
@@ -34,8 +99,7 @@ impl Publication {
     /// Publishes a first version.
     pub fn new(version: Version) -> Publication {
         let publication = Publication {
-            version: ArcSwap::from_pointee(Version::default()),
-            applied_index: AtomicU64::new(0),
+            newest: Newest { version: ArcSwap::from_pointee(Version::default()), applied_index: AtomicU64::new(0) },
             keys: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             started: Instant::now(),
@@ -54,19 +118,17 @@ impl Publication {
         if self.asked_at.load(Ordering::Relaxed) != now {
             self.asked_at.store(now, Ordering::Relaxed);
         }
-        // The number first: the version may become newer meanwhile, never older.
-        let applied_index = self.applied_index.load(Ordering::Acquire);
-        Some(self.version.load_full()).filter(|version| version.applied_index() >= applied_index)
+        self.newest.version()
     }
 
     /// The version that was published last, however old.
     pub fn last(&self) -> Arc<Version> {
-        self.version.load_full()
+        self.newest.version.load_full()
     }
 
     /// The index of the last entry that is applied.
     pub fn applied_index(&self) -> u64 {
-        self.applied_index.load(Ordering::Acquire)
+        self.newest.applied_index.load(Ordering::Acquire)
     }
 
     /// How many keys there are.
@@ -91,13 +153,13 @@ impl Publication {
     pub fn note(&self, applied_index: u64, keys: u64, bytes: u64) {
         self.keys.store(keys, Ordering::Relaxed);
         self.bytes.store(bytes, Ordering::Relaxed);
-        self.applied_index.store(applied_index, Ordering::Release);
+        self.newest.note(applied_index);
     }
 
     /// Publishes a version. For the applier; versions come in the order of their indexes.
     pub fn publish(&self, version: Version) -> Arc<Version> {
         let version = Arc::new(version);
-        self.version.store(version.clone());
+        self.newest.replace(version.clone());
         self.published_at.store(self.millis(), Ordering::Relaxed);
         self.note(version.applied_index(), version.keys() as u64, version.bytes());
         version
@@ -143,5 +205,60 @@ mod tests {
         assert!(publication.is_wanted(), "published three intervals ago");
         publication.publish(Version::default());
         assert!(!publication.is_wanted(), "asked three intervals ago, and published just now");
+    }
+
+    impl Place for loom::sync::Mutex<Arc<u64>> {
+        type Version = u64;
+
+        fn load(&self) -> Arc<u64> {
+            self.lock().unwrap().clone()
+        }
+
+        fn store(&self, version: Arc<u64>) {
+            *self.lock().unwrap() = version;
+        }
+
+        fn index(version: &u64) -> u64 {
+            *version
+        }
+    }
+
+    impl Number for loom::sync::atomic::AtomicU64 {
+        fn load(&self) -> u64 {
+            loom::sync::atomic::AtomicU64::load(self, Ordering::Acquire)
+        }
+
+        fn store(&self, value: u64) {
+            loom::sync::atomic::AtomicU64::store(self, value, Ordering::Release);
+        }
+    }
+
+    /// In every order that the memory between two processors allows: who reads after an answer sees what it spoke of, or
+    /// is told to ask the applier.
+    #[test]
+    fn a_reader_sees_what_was_answered_before() {
+        use loom::sync::atomic::AtomicU64;
+
+        loom::model(|| {
+            let newest = Newest { version: loom::sync::Mutex::new(Arc::new(0)), applied_index: AtomicU64::new(0) };
+            let shared = loom::sync::Arc::new((newest, AtomicU64::new(0)));
+            let applier = shared.clone();
+            let applying = loom::thread::spawn(move || {
+                let (newest, answered) = &*applier;
+                // One batch with a version, and one without.
+                newest.replace(Arc::new(1));
+                newest.note(1);
+                answered.store(1, Ordering::Release);
+                newest.note(2);
+                answered.store(2, Ordering::Release);
+            });
+            let (newest, answered) = &*shared;
+            let seen = answered.load(Ordering::Acquire);
+            if let Some(version) = newest.version() {
+                assert!(*version >= seen, "version {version} behind the answer {seen}");
+            }
+            applying.join().unwrap();
+            assert!(newest.version().is_none(), "the applier has to be asked");
+        });
     }
 }

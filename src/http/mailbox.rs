@@ -61,27 +61,55 @@ impl<R> fmt::Debug for Mailbox<R> {
 impl<R> Mailbox<R> {
     /// Puts a letter in, for which [`Mailbox::wake`] must follow. Gives it back if there is no room.
     pub(super) fn put(&self, letter: Letter<R>) -> Result<(), Letter<R>> {
-        self.letters.try_send(letter).map_err(|error| error.into_inner())?;
-        self.filled.store(true, Ordering::Release);
-        Ok(())
+        put_and_raise(&self.filled, || self.letters.try_send(letter).map_err(|error| error.into_inner()))
     }
 
     /// Puts a letter in, waiting for room, and wakes the loop. Nobody reads it if the loop has ended.
     pub(super) fn send(&self, letter: Letter<R>) {
-        if self.letters.send(letter).is_ok() {
-            self.filled.store(true, Ordering::Release);
+        if put_and_raise(&self.filled, || self.letters.send(letter)).is_ok() {
             self.wake();
         }
     }
 
     /// Wakes the loop, if anything was put in since it was last woken.
     pub fn wake(&self) {
-        if self.filled.swap(false, Ordering::AcqRel)
-            && let Err(error) = self.waker.wake()
-        {
-            // The loop looks at its mail whenever it looks at its deadlines, so this delays answers and loses none.
-            warn!("failed to wake an event loop: {error}");
-        }
+        wake_if_raised(&self.filled, || {
+            if let Err(error) = self.waker.wake() {
+                // The loop looks at its mail whenever it looks at its deadlines, so this delays answers and loses none.
+                warn!("failed to wake an event loop: {error}");
+            }
+        });
+    }
+}
+
+/// Says that letters lie there that nobody was woken for. A test puts a model of an atomic in its place.
+trait Flag {
+    fn raise(&self);
+    /// Whether it was raised.
+    fn lower(&self) -> bool;
+}
+
+impl Flag for AtomicBool {
+    fn raise(&self) {
+        self.store(true, Ordering::Release);
+    }
+
+    fn lower(&self) -> bool {
+        self.swap(false, Ordering::AcqRel)
+    }
+}
+
+/// The letter first: whoever lowers the flag wakes the loop for it too.
+fn put_and_raise<E>(filled: &impl Flag, put: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+    put()?;
+    filled.raise();
+    Ok(())
+}
+
+/// The flag first: a letter that comes while the loop is woken raises it again.
+fn wake_if_raised(filled: &impl Flag, wake: impl FnOnce()) {
+    if filled.lower() {
+        wake();
     }
 }
 
@@ -186,6 +214,49 @@ mod tests {
         assert_eq!(replies, [7, 8]);
         caller(&event_loop, 3).reply(9);
         assert!(is_woken(&mut event_loop, Duration::from_secs(10)));
+    }
+
+    impl Flag for loom::sync::atomic::AtomicBool {
+        fn raise(&self) {
+            self.store(true, Ordering::Release);
+        }
+
+        fn lower(&self) -> bool {
+            self.swap(false, Ordering::AcqRel)
+        }
+    }
+
+    /// Driver and applier put letters and wake, the loop reads whenever it is woken: in every order that two processors
+    /// and the memory between them allow, no letter stays behind.
+    #[test]
+    fn no_letter_lies_there_that_the_loop_was_not_woken_for() {
+        use loom::sync::atomic::{AtomicBool, AtomicUsize};
+        use loom::sync::{Arc, Mutex};
+
+        loom::model(|| {
+            let mailbox = Arc::new((Mutex::new(0), AtomicBool::new(false), AtomicUsize::new(0)));
+            let answer = |mailbox: &(Mutex<usize>, AtomicBool, AtomicUsize)| {
+                let (letters, filled, woken) = mailbox;
+                let put = || {
+                    *letters.lock().unwrap() += 1;
+                    Ok::<(), ()>(())
+                };
+                put_and_raise(filled, put).unwrap();
+                wake_if_raised(filled, || _ = woken.fetch_add(1, Ordering::AcqRel));
+            };
+            let drain = |mailbox: &(Mutex<usize>, AtomicBool, AtomicUsize)| {
+                let woken = mailbox.2.swap(0, Ordering::AcqRel) > 0;
+                if woken { std::mem::take(&mut *mailbox.0.lock().unwrap()) } else { 0 }
+            };
+            let others = [0; 2].map(|_| {
+                let mailbox = mailbox.clone();
+                loom::thread::spawn(move || answer(&mailbox))
+            });
+            let mut read = drain(&mailbox);
+            others.into_iter().for_each(|thread| thread.join().unwrap());
+            read += drain(&mailbox);
+            assert_eq!(read, 2, "the loop sleeps, and a letter lies there");
+        });
     }
 
     #[test]
