@@ -175,7 +175,13 @@ fn create_directory(directory: &Path) -> io::Result<()> {
         // Nobody but the owner has any business in a raft log.
         match DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(annotate(error, "create data directory", path));
+                let error = annotate(error, "create data directory", path);
+                // What was asked for is named too where it was one above it that could not be made.
+                return Err(if *path == directory {
+                    error
+                } else {
+                    annotate(error, "create data directory", directory)
+                });
             }
             _ => sync_parent(path)?,
         }

@@ -133,12 +133,15 @@ impl Segment {
             file.write_all_at(&bytes, 0)?;
             file.sync_data()?;
             disk.rename(&temporary, &name)?;
-            disk.sync_directory()?;
             Ok(file)
         };
         let path = disk.path(&name);
-        let file =
-            make().map_err(|source| LogError::Io { action: "create log segment", path: path.clone(), source })?;
+        let failed = |action| {
+            let path = path.clone();
+            move |source| LogError::Io { action, path, source }
+        };
+        let file = make().map_err(failed("create log segment"))?;
+        disk.sync_directory().map_err(failed("sync the directory of log segment"))?;
         Ok((Segment { sequence: header.sequence, bytes: header.file_bytes, file, path }, link, bytes.len() as u64))
     }
 
