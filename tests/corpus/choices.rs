@@ -1,4 +1,6 @@
-//! An input as a row of choices.
+//! An input as a row of choices, and bytes as a connection gives them.
+
+use std::io::{self, Read};
 
 /// Hands out an input from its front; behind its end everything is zero, so that every input means something.
 pub struct Choices<'a> {
@@ -73,5 +75,18 @@ impl<'a> Choices<'a> {
     pub fn piece(&mut self) -> &'a [u8] {
         let count = usize::from(self.byte());
         self.bytes(count)
+    }
+}
+
+/// A stream that gives so many bytes at a time.
+pub struct Pieces<'a> {
+    pub stream: &'a [u8],
+    pub piece: usize,
+}
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = buffer.len().min(self.piece);
+        self.stream.read(&mut buffer[..length])
     }
 }

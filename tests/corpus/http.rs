@@ -1,11 +1,9 @@
 //! What arrives on a connection, however it is cut: heads that are accepted are unambiguous, and every request ends
 //! where a simple reading of HTTP/1.1 says.
 
-use std::io::{self, Read};
-
 use raftexample::http::{Limits, OfflineConnection, Taking, read_head};
 
-use crate::choices::Choices;
+use crate::choices::{Choices, Pieces};
 
 /// Requests of one connection that are looked at.
 const REQUESTS_MAX: usize = 8;
@@ -228,16 +226,4 @@ fn take_line<'a>(rest: &mut &'a [u8], bytes_max: usize) -> Result<&'a [u8], u16>
     let line = rest[..end].strip_suffix(b"\r").ok_or(400_u16)?;
     *rest = &rest[end + 1..];
     if line.len() > bytes_max { Err(400) } else { Ok(line) }
-}
-
-struct Pieces<'a> {
-    stream: &'a [u8],
-    piece: usize,
-}
-
-impl Read for Pieces<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = buffer.len().min(self.piece);
-        self.stream.read(&mut buffer[..length])
-    }
 }

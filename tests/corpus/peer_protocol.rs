@@ -1,14 +1,12 @@
 //! What peers say: hellos, and streams of frames however they are cut.
 
-use std::io::{self, Read};
-
 use raftexample::membership::Membership;
 use raftexample::peer_protocol::{
     ELEMENTS_MAX, FrameError, FrameReader, HELLO_BYTES_MAX, Hello, HelloAnswer, HelloRefusal, PeerMessage,
     SnapshotHeader,
 };
 
-use crate::choices::Choices;
+use crate::choices::{Choices, Pieces};
 
 pub fn run(input: &[u8]) {
     let mut choices = Choices::new(input);
@@ -120,17 +118,5 @@ fn read(stream: &[u8], piece: usize) -> (Vec<PeerMessage>, End) {
             Err(FrameError::Checksum) => return (messages, End::Checksum),
             Err(FrameError::Message(_)) => return (messages, End::Message),
         }
-    }
-}
-
-struct Pieces<'a> {
-    stream: &'a [u8],
-    piece: usize,
-}
-
-impl Read for Pieces<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = buffer.len().min(self.piece);
-        self.stream.read(&mut buffer[..length])
     }
 }

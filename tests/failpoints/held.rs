@@ -7,7 +7,10 @@ use crate::load::Load;
 use crate::orders::Orders;
 use crate::register::Register;
 use crate::support::{Cluster, FAST, wait_for};
-use crate::{AT_FOUNDING, AT_PEERS, AT_RECEIVER, AT_START, SNAPSHOTS, WRITERS, assert_killed_at, under_load};
+use crate::{
+    AT_FOUNDING, AT_PEERS, AT_RECEIVER, AT_START, SNAPSHOTS, WRITERS, assert_killed_at, kill_until_it_needs_a_snapshot,
+    under_load,
+};
 
 /// That of [`FAST`].
 const ELECTION_TIMEOUT: Duration = Duration::from_millis(500);
@@ -118,13 +121,7 @@ fn hold_leader(cluster: &Cluster, orders: &BTreeMap<u64, Orders>, load: &Load, p
 
 /// Lets a follower fall behind, so that it is sent a snapshot, and holds it at every step of that.
 fn hold_receiver(cluster: &mut Cluster, orders: &BTreeMap<u64, Orders>, load: &Load) {
-    let follower = cluster.others(cluster.leader())[0];
-    let others = cluster.others(follower);
-    cluster.kill(follower);
-    let last_index = others.iter().map(|id| cluster.status_number(*id, "last_index")).max().unwrap_or(0);
-    wait_for("a log that begins behind that of the follower", || {
-        others.iter().all(|id| cluster.status_number(*id, "first_index") > last_index).then_some(())
-    });
+    let follower = kill_until_it_needs_a_snapshot(cluster);
     AT_RECEIVER.iter().for_each(|point| orders[&follower].hold(point));
     orders[&follower].spawn(cluster, follower);
     orders[&follower].hold_at_each(AT_RECEIVER, |_| load.wait_for_writes(20));

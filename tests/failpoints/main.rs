@@ -158,6 +158,18 @@ fn segments(cluster: &Cluster) -> usize {
     names.filter(|name| name.to_string_lossy().ends_with(".log")).count()
 }
 
+/// Kills a follower, and waits until the others have nothing but a snapshot for it.
+fn kill_until_it_needs_a_snapshot(cluster: &mut Cluster) -> u64 {
+    let follower = cluster.others(cluster.leader())[0];
+    let others = cluster.others(follower);
+    cluster.kill(follower);
+    let last_index = others.iter().map(|id| cluster.status_number(*id, "last_index")).max().unwrap_or(0);
+    wait_for("a log that begins behind that of the follower", || {
+        others.iter().all(|id| cluster.status_number(*id, "first_index") > last_index).then_some(())
+    });
+    follower
+}
+
 #[test]
 fn a_follower_survives_a_crash_at_every_step_of_a_snapshot_that_it_is_sent() {
     // A leader keeps entries for some election timeouts for a follower that was sent a snapshot: short ones, then.
@@ -166,13 +178,7 @@ fn a_follower_survives_a_crash_at_every_step_of_a_snapshot_that_it_is_sent() {
     let load = Load::start(&cluster, WRITERS);
     for point in AT_RECEIVER {
         println!("{point}");
-        let follower = cluster.others(cluster.leader())[0];
-        let others = cluster.others(follower);
-        cluster.kill(follower);
-        let last_index = others.iter().map(|id| cluster.status_number(*id, "last_index")).max().unwrap_or(0);
-        wait_for("a log that begins behind that of the follower", || {
-            others.iter().all(|id| cluster.status_number(*id, "first_index") > last_index).then_some(())
-        });
+        let follower = kill_until_it_needs_a_snapshot(&mut cluster);
         spawn_to_die(&mut cluster, follower, point, 0);
         assert_killed_at(&mut cluster, follower, point);
         load.wait_for_writes(20);
