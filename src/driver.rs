@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use raft::eraftpb::Message;
 
 use crate::acquaintances::Promises;
@@ -59,6 +59,11 @@ pub const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a node that has applied its own removal waits until a member confirms that it knows of it too. That
 /// takes a second: each stream to a peer begins with an introduction, and a removed node's is refused.
 pub const REMOVAL_CONFIRMATION_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a leader waits for a proposal that tells its followers what is committed, before it tells them for itself.
+/// A client that writes one value after the other proposes again within it, and saves each follower a message and its
+/// answer; whoever reads a follower's own state sees it later by no more than this.
+pub const COMMIT_ANNOUNCEMENT_DELAY: Duration = Duration::from_millis(1);
 
 /// How often the applier is asked for a snapshot that a follower needs, while it is being made.
 pub const SNAPSHOT_ASK_INTERVAL: Duration = Duration::from_secs(2);
@@ -327,6 +332,8 @@ pub struct Driver<N: Network> {
     pub started: Instant,
     /// Whether there is more to do without a new event.
     pub more: bool,
+    /// When the followers are told what is committed, if nothing else tells them before.
+    pub announce_by: Option<Instant>,
     /// When a snapshot was last asked for on behalf of a follower.
     pub snapshot_asked: Option<Instant>,
     /// What was refused of peers' messages.
@@ -424,6 +431,7 @@ macro_rules! host {
             network: &mut $driver.network,
             offences: &mut $driver.offences,
             measures: &mut $driver.measures,
+            applier: &$driver.applier,
             batch: Vec::new(),
         }
     };
@@ -501,7 +509,11 @@ impl<N: Network> Driver<N> {
     fn turn(&mut self, next_tick: Instant) -> Result<Turn, CoreError> {
         let mut turn = Turn::default();
         self.replica.set_full(self.options.room.full(Instant::now()));
-        let wait_until = if self.more { Instant::now() } else { next_tick };
+        let wait_until = match self.announce_by {
+            _ if self.more => Instant::now(),
+            Some(by) => next_tick.min(by),
+            None => next_tick,
+        };
         let mut host = host!(self);
         match self.events.recv_deadline(wait_until) {
             Ok(event) => turn.take(event, &mut self.replica, &mut host, &self.options, self.started)?,
@@ -521,14 +533,18 @@ impl<N: Network> Driver<N> {
             host.network.position(self.replica.core().term(), self.replica.core().last_index());
         }
         self.more = self.replica.process(&mut host)?;
-        let batch = host.batch;
+        host.pass_on();
+        self.announce_by = match self.announce_by {
+            _ if !self.replica.core().owes_commit() => None,
+            Some(by) if now >= by => {
+                self.replica.announce_commit();
+                self.more = true;
+                None
+            }
+            Some(by) => Some(by),
+            None => Some(Instant::now() + COMMIT_ANNOUNCEMENT_DELAY),
+        };
         self.measures.show(&self.replica);
-        if !batch.is_empty() {
-            fail_point("driver-batch-before");
-            // The applier is gone only when it has failed, and then the process ends with its reason.
-            let _ = self.applier.send(ToApplier::Batch(batch));
-            fail_point("driver-batch-after");
-        }
         let asked_lately = self.snapshot_asked.is_some_and(|at| now < at + SNAPSHOT_ASK_INTERVAL);
         if self.replica.take_snapshot_wanted()
             && !asked_lately
@@ -645,7 +661,22 @@ struct DriverHost<'a, N> {
     network: &'a mut N,
     offences: &'a mut Offences,
     measures: &'a mut Measures,
+    applier: &'a Sender<ToApplier>,
+    /// What the applier has not got yet.
     batch: Vec<Apply<ReplyTo>>,
+}
+
+impl<N> DriverHost<'_, N> {
+    /// Sends the applier its next batch.
+    fn pass_on(&mut self) {
+        if self.batch.is_empty() {
+            return;
+        }
+        fail_point("driver-batch-before");
+        // The applier is gone only when it has failed, and then the process ends with its reason.
+        let _ = self.applier.send(ToApplier::Batch(std::mem::take(&mut self.batch)));
+        fail_point("driver-batch-after");
+    }
 }
 
 impl<N: Network> Host<ReplyTo> for DriverHost<'_, N> {
@@ -659,6 +690,18 @@ impl<N: Network> Host<ReplyTo> for DriverHost<'_, N> {
 
     fn apply(&mut self, apply: Apply<ReplyTo>) {
         self.batch.push(apply);
+    }
+
+    fn before_sync(&mut self) {
+        if self.batch.is_empty() {
+            return;
+        }
+        fail_point("driver-batch-before");
+        // Without room it goes after the sync: the log, and whoever waits for its answers, does not wait for the applier.
+        let batch = ToApplier::Batch(std::mem::take(&mut self.batch));
+        if let Err(TrySendError::Full(ToApplier::Batch(batch))) = self.applier.try_send(batch) {
+            self.batch = batch;
+        }
     }
 
     fn answer(&mut self, waiter: ReplyTo, answer: Answer) {

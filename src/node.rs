@@ -858,6 +858,7 @@ impl Node {
             progress: driver_progress,
             started,
             more: false,
+            announce_by: None,
             snapshot_asked: None,
             offences: Offences::default(),
             measures: Measures::new(metrics.clone()),

@@ -6,7 +6,13 @@
 //!
 //! * **Order** ([`RaftCore::process_ready`]): a leader's messages may leave before its own sync (Raft thesis 10.2.1);
 //!   entries, term and vote are written in one batch and synced; only then do the messages leave that speak of them
-//!   (votes and append responses: raft's `persisted_messages`); only then are committed entries handed out.
+//!   (votes and append responses: raft's `persisted_messages`). What is committed by then is handed out before the
+//!   sync: raft hands out only what is on this node's disk already (crate file `raft_log.rs`, `next_entries_since`), so
+//!   whoever waits for it need not wait for what comes behind. Changes of the configuration come after the sync.
+//! * **Commits are told with what is said anyway**: the next append. Raft by itself would send each
+//!   follower another message for each commit, and be answered. Only where somebody may wait for it, because the entry
+//!   or the read came from elsewhere, it is told at once; and by [`RaftCore::announce_commit`], which the caller owes
+//!   within moments while [`RaftCore::owes_commit`].
 //! * **Applied means handed out.** Raft's applied index is what [`Output::committed`] has received, in log order.
 //!   The membership is applied here, as its entries are handed out; the keys by whoever consumes the output, in the
 //!   same order. A read index may be answered once the consumer has applied up to it.
@@ -69,6 +75,8 @@ pub trait Output {
     fn committed(&mut self, committed: Committed);
     /// A read index was confirmed by a quorum: whoever asked with this context may read once `index` is applied.
     fn read_index(&mut self, context: Vec<u8>, index: u64);
+    /// The disk comes next, which takes long: what was put out so far, up to this index, should not wait for it.
+    fn before_sync(&mut self, _handed_out: u64) {}
 }
 
 /// Something to apply.
@@ -216,6 +224,10 @@ pub struct RaftCore {
     written: HardState,
     incoming: Option<Incoming>,
     removed: bool,
+    /// The commit index that the followers were told, or will be by what is on its way.
+    announced: u64,
+    /// The last entry for which somebody may wait on another node.
+    awaited_elsewhere: u64,
 }
 
 impl RaftCore {
@@ -235,7 +247,8 @@ impl RaftCore {
             min_election_tick: election_ticks,
             max_election_tick: 2 * election_ticks,
             read_only_option: ReadOnlyOption::Safe,
-            skip_bcast_commit: false,
+            // See `announce_commit`. Raft itself still tells of changes of the configuration at once.
+            skip_bcast_commit: true,
             batch_append: false,
             priority: 0,
             max_uncommitted_size: UNCOMMITTED_BYTES_MAX,
@@ -264,6 +277,8 @@ impl RaftCore {
             written,
             incoming: None,
             removed,
+            announced: 0,
+            awaited_elsewhere: 0,
         };
         core.draw_election_timeout();
         Ok(core)
@@ -321,12 +336,17 @@ impl RaftCore {
     /// Appends `commands` to the log, all or none, if this node leads and can take them. They are surely in no log
     /// if it answers false.
     pub fn propose(&mut self, commands: Vec<(RequestId, Bytes)>) -> bool {
+        let is_awaited_elsewhere = commands.iter().any(|(id, _)| id.node != self.id());
         let entries = commands.into_iter().map(|(id, data)| Entry {
             context: Bytes::copy_from_slice(&id.encode()),
             data,
             ..Entry::default()
         });
-        self.propose_entries(entries.collect())
+        let is_taken = self.propose_entries(entries.collect());
+        if is_taken && is_awaited_elsewhere {
+            self.awaited_elsewhere = self.last_index();
+        }
+        is_taken
     }
 
     /// Proposes a change of the membership. `Err` says why it is refused; it is then in no log.
@@ -368,7 +388,28 @@ impl RaftCore {
         }
         let mut message = Message { msg_type: MessageType::MsgPropose, from: self.raw.raft.id, ..Message::default() };
         message.set_entries(entries.into());
-        self.raw.step(message).is_ok()
+        let is_taken = self.raw.step(message).is_ok();
+        if is_taken {
+            // With the appends.
+            self.announced = self.commit_index();
+        }
+        is_taken
+    }
+
+    /// Whether this node leads and has committed more than it has told its followers. Unless it proposes something that
+    /// tells them, [`Self::announce_commit`] should do so soon: their readers see nothing newer until then. A heartbeat
+    /// does not pay this debt: to a follower whose answer to an append is still on its way it tells less.
+    pub fn owes_commit(&self) -> bool {
+        let has_followers = || self.raw.raft.prs().iter().any(|(id, _)| *id != self.id());
+        self.is_leader() && self.commit_index() > self.announced && has_followers()
+    }
+
+    /// Tells the followers what is committed, if they don't know. Left out, one of the next heartbeats tells them.
+    pub fn announce_commit(&mut self) {
+        if self.owes_commit() {
+            self.raw.raft.bcast_append();
+            self.announced = self.commit_index();
+        }
     }
 
     /// Asks a quorum for a read index. Raft drops the request without a word when there is no leader, when the
@@ -432,6 +473,11 @@ impl RaftCore {
 
     /// Works off one Ready; the bytes of the entries that it handed out.
     fn process_one(&mut self, output: &mut impl Output) -> Result<u64, CoreError> {
+        // A follower that is told a read index needs the commit index too.
+        let tells_read_index = |message: &Message| message.msg_type == MessageType::MsgReadIndexResp;
+        if self.awaited_elsewhere > self.announced || self.raw.raft.msgs.iter().any(tells_read_index) {
+            self.announce_commit();
+        }
         let mut ready = self.raw.ready();
         // A single voter becomes leader within one Ready: the term that its messages speak of is not written yet.
         let promises = ready.hs().is_some_and(|new| (new.term, new.vote) != (self.written.term, self.written.vote));
@@ -439,38 +485,47 @@ impl RaftCore {
         if !promises {
             early.drain(..).for_each(|message| output.send(message));
         }
-        let restored = self.persist(&ready)?;
+        let mut committed = ready.take_committed_entries();
+        let changes_from = committed.iter().position(is_configuration).unwrap_or(committed.len());
+        let behind = committed.split_off(changes_from);
+        let mut bytes = self.hand_out_all(committed, output)?;
+        for state in ready.take_read_states() {
+            output.read_index(state.request_ctx, state.index);
+        }
+        let restored = self.persist(&ready, output)?;
         early.into_iter().for_each(|message| output.send(message));
         for message in ready.take_persisted_messages() {
             output.send(message);
         }
-        for state in ready.take_read_states() {
-            output.read_index(state.request_ctx, state.index);
-        }
         if let Some(Incoming { index, membership, state }) = restored {
             output.committed(Committed::Restore { index, membership, state });
         }
-        let mut committed = ready.take_committed_entries();
         let mut light = self.raw.advance_append(ready);
         for message in light.take_messages() {
             output.send(message);
         }
-        committed.append(&mut light.take_committed_entries());
-        // Configuration entries are applied only now: a leader that learns of its own removal would panic in
+        // Changes of the configuration are applied only now: a leader that learns of its own removal would panic in
         // `advance_append`.
-        let mut bytes = 0;
-        for entry in committed {
-            bytes += (entry.data.len() + entry.context.len()) as u64;
-            self.handed_out = entry.index;
-            self.hand_out(entry, output)?;
-        }
+        bytes += self.hand_out_all(behind, output)?;
+        bytes += self.hand_out_all(light.take_committed_entries(), output)?;
         self.raw.advance_apply_to(self.handed_out);
         self.draw_election_timeout();
         Ok(bytes)
     }
 
+    /// Hands out committed entries in their order; their bytes.
+    fn hand_out_all(&mut self, entries: Vec<Entry>, output: &mut impl Output) -> Result<u64, CoreError> {
+        let mut bytes = 0;
+        for entry in entries {
+            bytes += (entry.data.len() + entry.context.len()) as u64;
+            self.handed_out = entry.index;
+            self.hand_out(entry, output)?;
+        }
+        Ok(bytes)
+    }
+
     /// Writes a Ready in one batch; returns the snapshot that it installed.
-    fn persist(&mut self, ready: &raft::Ready) -> Result<Option<Incoming>, CoreError> {
+    fn persist(&mut self, ready: &raft::Ready, output: &mut impl Output) -> Result<Option<Incoming>, CoreError> {
         if let Some(hard_state) = ready.hs() {
             self.raw.mut_store().hard_state = hard_state.clone();
         }
@@ -483,6 +538,7 @@ impl RaftCore {
         if !ready.must_sync() && marker.is_none() && ready.entries().is_empty() {
             return Ok(None);
         }
+        output.before_sync(self.handed_out);
         let hard_state = self.hard_state_with(0);
         let storage = self.raw.mut_store();
         let changed = (hard_state != self.written).then_some(&hard_state);
@@ -646,6 +702,10 @@ impl RaftCore {
             self.followed = Some(followed);
             let extra = self.random.below(self.election_ticks as u64);
             self.election_timeout = self.election_ticks + extra as usize;
+            if raft.state == StateRole::Leader {
+                // What earlier leaders have left in the log came from anywhere.
+                self.awaited_elsewhere = raft.raft_log.last_index();
+            }
         }
         raft.set_randomized_election_timeout(self.election_timeout);
     }
@@ -728,6 +788,11 @@ impl RaftCore {
         all.sort_unstable();
         all
     }
+}
+
+/// Whether an entry changes the configuration.
+fn is_configuration(entry: &Entry) -> bool {
+    entry.entry_type != EntryType::EntryNormal
 }
 
 /// What a command says of the membership; `None` if it is about keys, or for the applier to refuse.
@@ -932,18 +997,19 @@ mod tests {
 }
 
 #[cfg(test)]
-mod removal_tests {
+mod tests_of_two {
     use super::*;
+    use crate::command::Condition;
     use crate::fixtures::{core_on, founders, log_on};
-    use crate::memory_disk::MemoryDisk;
+    use crate::memory_disk::{Failure, MemoryDisk, Operation};
 
     fn open(disk: &MemoryDisk, id: NodeId) -> RaftCore {
         core_on(log_on(disk, id, &founders(2)), id, &founders(2))
     }
 
-    /// Takes messages, and nothing else.
+    /// Takes messages, and what was handed out before a sync.
     #[derive(Default)]
-    struct Sent(Vec<Message>);
+    struct Sent(Vec<Message>, Vec<u64>);
 
     impl Output for Sent {
         fn send(&mut self, message: Message) {
@@ -953,6 +1019,10 @@ mod removal_tests {
         fn committed(&mut self, _committed: Committed) {}
 
         fn read_index(&mut self, _context: Vec<u8>, _index: u64) {}
+
+        fn before_sync(&mut self, handed_out: u64) {
+            self.1.push(handed_out);
+        }
     }
 
     /// Lets the two talk until they have nothing more to say, or `enough`.
@@ -1019,5 +1089,84 @@ mod removal_tests {
         talk(&mut cores, |_| false);
         assert!(cores[1].is_leader());
         assert_eq!(cores[1].membership().conf_state.voters, [2]);
+    }
+
+    /// A write that `node` took, as its `sequence`th.
+    fn write(node: NodeId, sequence: u64) -> Vec<(RequestId, Bytes)> {
+        let put = Command::encode_put(b"key", b"value", &Condition::default(), None);
+        vec![(RequestId { node, boot: 1, sequence }, put.into())]
+    }
+
+    #[test]
+    fn what_is_committed_does_not_wait_for_the_sync_of_what_comes_behind_it() {
+        let (disks, mut cores) = led_by_1();
+        assert!(cores[0].propose(write(1, 1)));
+        let first = cores[0].last_index();
+        // 2 has it on its disk, and 1 hears so just when the next one is proposed.
+        for (from, to) in [(0, 1), (1, 0)] {
+            let mut sent = Sent::default();
+            cores[from].process_ready(&mut sent).unwrap();
+            for message in sent.0 {
+                cores[to].step(message).unwrap().unwrap();
+            }
+        }
+        assert_eq!(cores[0].commit_index(), first);
+        assert!(cores[0].propose(write(1, 2)));
+        assert!(cores[0].handed_out() < first);
+        disks[0].fail(Some(Operation::Sync), 1, Failure::Error);
+        let mut sent = Sent::default();
+        cores[0].process_ready(&mut sent).expect_err("the second can't be synced");
+        assert_eq!(sent.1, [first], "the first was handed out before");
+        assert_eq!(cores[0].handed_out(), first);
+    }
+
+    #[test]
+    fn who_has_no_followers_owes_nobody() {
+        let disk = MemoryDisk::new();
+        let mut core = core_on(log_on(&disk, 1, &founders(1)), 1, &founders(1));
+        core.campaign();
+        core.process_ready(&mut Sent::default()).unwrap();
+        assert!(core.is_leader() && core.propose(write(1, 1)));
+        core.process_ready(&mut Sent::default()).unwrap();
+        assert_eq!((core.commit_index(), core.owes_commit()), (core.last_index(), false));
+    }
+
+    #[test]
+    fn a_commit_is_told_with_the_next_append_and_at_once_where_somebody_may_wait() {
+        let (_disks, mut cores) = led_by_1();
+        assert!(!cores[0].owes_commit(), "a new leader tells that it leads, and what that has committed");
+        let told = |cores: &[RaftCore; 2]| (cores[0].owes_commit(), cores[1].commit_index());
+
+        assert!(cores[0].propose(write(1, 1)));
+        talk(&mut cores, |_| false);
+        let first = cores[0].commit_index();
+        assert_eq!((first, cores[0].handed_out()), (cores[0].last_index(), cores[0].last_index()));
+        assert_eq!(told(&cores), (true, first - 1), "its client is on the leader");
+        assert!(cores[0].propose(write(1, 2)));
+        talk(&mut cores, |_| false);
+        assert_eq!(told(&cores), (true, first), "the next append told it");
+        cores[0].announce_commit();
+        talk(&mut cores, |_| false);
+        assert_eq!(told(&cores), (false, first + 1));
+
+        assert!(cores[0].propose(write(2, 1)));
+        talk(&mut cores, |_| false);
+        assert_eq!(told(&cores), (false, first + 2), "its client waits on 2");
+
+        assert!(cores[0].propose(write(1, 3)));
+        talk(&mut cores, |_| false);
+        assert_eq!(told(&cores), (true, first + 2));
+        cores[1].read_index(vec![1]);
+        talk(&mut cores, |_| false);
+        assert_eq!(told(&cores), (false, first + 3), "a reader on 2 waits for the index it was told");
+
+        assert!(cores[0].propose(write(1, 4)));
+        talk(&mut cores, |_| false);
+        assert_eq!(told(&cores), (true, first + 3));
+        cores[0].tick();
+        talk(&mut cores, |_| false);
+        assert_eq!(told(&cores), (true, first + 4), "a heartbeat told it, but might have told less");
+        cores[0].announce_commit();
+        assert!(!cores[0].owes_commit());
     }
 }

@@ -167,6 +167,8 @@ pub trait Host<W> {
     fn send_snapshot(&mut self, to: NodeId, message: Message) -> bool;
     /// Hands something to the applier, in order.
     fn apply(&mut self, apply: Apply<W>);
+    /// What was handed to the applier so far should reach it now: a sync of the log follows, which takes long.
+    fn before_sync(&mut self) {}
     /// Answers a waiting request.
     fn answer(&mut self, waiter: W, answer: Answer);
     /// A peer's message was refused.
@@ -250,6 +252,15 @@ struct Reads<W> {
     under_way: Option<u64>,
     /// Confirmed reads whose index has not been handed out yet.
     confirmed: Vec<(u64, Vec<(Duration, W)>)>,
+}
+
+impl<W> Reads<W> {
+    /// Lets confirmed reads through whose index has been handed out: the applier answers them behind it.
+    fn release(&mut self, handed_out: u64, host: &mut impl Host<W>) {
+        for (_, waiters) in self.confirmed.extract_if(.., |(index, _)| *index <= handed_out) {
+            host.apply(Apply::Reads(waiters.into_iter().map(|(_, waiter)| waiter).collect()));
+        }
+    }
 }
 
 /// One node above its Raft core.
@@ -676,7 +687,7 @@ impl<W> Replica<W> {
             let around = surroundings!(self);
             self.administration.process(&mut self.core, &around, host);
             bytes += self.process_ready(host)?;
-            self.release_reads(host);
+            self.reads.release(self.core.handed_out(), host);
             if self.core.is_removed() {
                 // The others take nothing from here any more: whoever still waits hears so, and whoever comes later
                 // is refused.
@@ -846,17 +857,9 @@ impl<W> Replica<W> {
         Ok(bytes)
     }
 
-    /// Lets confirmed reads through whose index has been handed out: the applier answers them behind it.
-    fn release_reads(&mut self, host: &mut impl Host<W>) {
-        let handed_out = self.core.handed_out();
-        let confirmed = std::mem::take(&mut self.reads.confirmed);
-        for (index, waiters) in confirmed {
-            if index <= handed_out {
-                host.apply(Apply::Reads(waiters.into_iter().map(|(_, waiter)| waiter).collect()));
-            } else {
-                self.reads.confirmed.push((index, waiters));
-            }
-        }
+    /// Tells the followers of a leader what is committed: see [`RaftCore::announce_commit`].
+    pub fn announce_commit(&mut self) {
+        self.core.announce_commit();
     }
 
     /// What this node says of itself; how far transfers of snapshots have come, only the network knows.
@@ -1003,6 +1006,11 @@ impl<W, H: Host<W>> Output for ReplicaOutput<'_, W, H> {
         if !waiters.is_empty() {
             self.reads.confirmed.push((index, waiters));
         }
+    }
+
+    fn before_sync(&mut self, handed_out: u64) {
+        self.reads.release(handed_out, self.host);
+        self.host.before_sync();
     }
 }
 

@@ -4,7 +4,9 @@ use crossbeam_channel::bounded;
 use raft::eraftpb::MessageType;
 
 use super::*;
-use crate::fixtures::{ELECTION_TICKS, core_on, founders, log_on};
+use crate::byte_budget::ByteBudget;
+use crate::command::{Command, Condition};
+use crate::fixtures::{ELECTION_TICKS, core_on, founders, log_on, voter_and_learner};
 use crate::memory_disk::MemoryDisk;
 use crate::message::WriteReply;
 use crate::store::Version;
@@ -12,17 +14,19 @@ use crate::store::Version;
 /// Within which everything here happens, on a busy machine too.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// A network that reaches nobody.
+/// A network that reaches nobody, or a test.
 #[derive(Default)]
 struct Nobody {
     failed: Option<String>,
+    /// Gets what is sent.
+    sent: Option<Sender<PeerMessage>>,
     /// Comes in while the last messages are sent.
     late: Option<(Sender<Event>, Event)>,
 }
 
 impl Network for Nobody {
-    fn send(&mut self, _to: NodeId, _message: PeerMessage) -> bool {
-        false
+    fn send(&mut self, _to: NodeId, message: PeerMessage) -> bool {
+        self.sent.as_ref().is_some_and(|sent| sent.try_send(message).is_ok())
     }
 
     fn send_snapshot(&mut self, _to: NodeId, _message: Message) -> bool {
@@ -58,9 +62,13 @@ impl Network for Nobody {
 
 /// A driver of one of `members`, and the ends of its queues.
 fn driver(members: u64, network: Nobody) -> (Driver<Nobody>, Sender<Event>, Receiver<ToApplier>) {
+    driver_among(&founders(members), network)
+}
+
+/// The same, of one of these.
+fn driver_among(founders: &Membership, network: Nobody) -> (Driver<Nobody>, Sender<Event>, Receiver<ToApplier>) {
     let disk = MemoryDisk::new();
-    let founders = founders(members);
-    let core = core_on(log_on(&disk, 1, &founders), 1, &founders);
+    let core = core_on(log_on(&disk, 1, founders), 1, founders);
     let (events_tx, events) = bounded(EVENTS_MAX);
     let (applier, batches) = bounded(APPLY_BATCHES_MAX);
     let (removals, _) = bounded(1);
@@ -80,6 +88,7 @@ fn driver(members: u64, network: Nobody) -> (Driver<Nobody>, Sender<Event>, Rece
         progress: Progress::new(started),
         started,
         more: false,
+        announce_by: None,
         snapshot_asked: None,
         measures: Measures::new(Arc::default()),
         offences: Offences::default(),
@@ -99,8 +108,14 @@ fn offences_are_counted_by_peer_and_cause_and_not_all_of_them_are_logged() {
 
     let mut network = Nobody::default();
     let mut measures = Measures::new(Arc::default());
-    let mut host =
-        DriverHost { network: &mut network, offences: &mut offences, measures: &mut measures, batch: Vec::new() };
+    let (applier, _batches) = bounded(APPLY_BATCHES_MAX);
+    let mut host = DriverHost {
+        network: &mut network,
+        offences: &mut offences,
+        measures: &mut measures,
+        applier: &applier,
+        batch: Vec::new(),
+    };
     host.offended(4, Offence::Stranger(4));
     host.offended(5, Offence::Removed(5));
     host.offended(6, of_type);
@@ -173,4 +188,45 @@ fn requests_in_events_are_counted() {
     assert!(queued.admit(1).is_some());
     drop(rest);
     assert!(queued.admit(EVENTS_MAX).is_some());
+}
+
+#[test]
+fn followers_hear_of_a_commit_soon_though_nothing_is_proposed_behind_it() {
+    let (sent_tx, sent) = bounded(100);
+    let (mut driver, events, _batches) =
+        driver_among(&voter_and_learner(), Nobody { sent: Some(sent_tx), ..Nobody::default() });
+    // No heartbeat tells them.
+    driver.options.heartbeat_interval = 2 * DEADLINE;
+    let driving = thread::Builder::new().spawn(move || driver.run()).unwrap();
+    let (reply, _replies) = bounded(1);
+    let put = Command::encode_put(b"key", b"value", &Condition::default(), None).into();
+    let request =
+        ClientRequest { ask: Ask::Write(put), deadline: Instant::now() + 2 * DEADLINE, reply: ReplyTo::Thread(reply) };
+    events.send(Event::Client(request)).unwrap();
+    let mut written = None;
+    loop {
+        let PeerMessage::Raft(append) = sent.recv_timeout(DEADLINE).expect("it was not told") else { continue };
+        if append.msg_type != MessageType::MsgAppend {
+            continue;
+        }
+        let last = append.index + append.entries.len() as u64;
+        if append.entries.iter().any(|entry| !entry.data.is_empty()) {
+            written = Some(last);
+        }
+        if written.is_some_and(|index| append.commit >= index) {
+            break;
+        }
+        let message = Message {
+            msg_type: MessageType::MsgAppendResponse,
+            from: 2,
+            to: 1,
+            term: append.term,
+            index: last,
+            ..Message::default()
+        };
+        let share = ByteBudget::new(1).take(1).unwrap();
+        events.send(Event::Peer(2, vec![PeerMessage::Raft(message)], share)).unwrap();
+    }
+    events.send(Event::Stop).unwrap();
+    assert_eq!(driving.join().unwrap().unwrap(), DriverEnd::Stopped);
 }

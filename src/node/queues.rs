@@ -153,6 +153,7 @@ fn wired(members: u64) -> Wired {
             progress: Progress::new(started),
             started,
             more: false,
+            announce_by: None,
             snapshot_asked: None,
             offences: Offences::default(),
             measures: Measures::new(metrics),

@@ -553,7 +553,12 @@ impl<'t> World<'t> {
     fn turn(&mut self, id: NodeId) -> Checked {
         let Some(process) = self.process(id) else { return Ok(()) };
         process.turn_planned = false;
+        // Otherwise the next heartbeat tells, or the next proposal.
+        let announces = self.random.one_in(4);
         self.call(id, |replica, host| {
+            if announces {
+                replica.announce_commit();
+            }
             while replica.process(host)? {}
             Ok(())
         })?;
