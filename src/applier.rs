@@ -21,6 +21,20 @@ use crate::store::{Applied, Capture, Replacement, StateMachine, Version};
 /// is full stays so for a while.
 pub const SNAPSHOT_RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
+/// Rest between two snapshots for each unit of time that the first of them took. While one is written, a sync of the log
+/// waits behind its bytes, and each change copies what the snapshot shares; with this, that is a twentieth of the time.
+pub const SNAPSHOT_RESTS_PER_WORK: u32 = 19;
+
+/// Bytes of the log that end the rest, unless the snapshot before it was larger: then as many as it had. A restart reads
+/// them back, and until the next snapshot they lie on the disk.
+pub const SNAPSHOT_REST_BYTES: u64 = 64 << 20;
+
+/// Bytes that an entry counts besides its command: about what it takes in the log, and for its place in memory.
+const ENTRY_BYTES: u64 = 100;
+
+/// The longest rest: a disk that was stuck for long is no reason to let the log grow for twenty times as long.
+pub const SNAPSHOT_REST_MAX: Duration = Duration::from_secs(300);
+
 /// What a waiting request is told once its batch is published.
 #[derive(Debug)]
 pub enum Done {
@@ -131,31 +145,50 @@ impl Applier {
     }
 }
 
-/// When snapshots are taken: after so many applied entries, and some time after one that could not be written.
+/// When snapshots are taken: after so many applied entries, some time after one that could not be written, and not while
+/// one is being written or rested from.
 #[derive(Clone, Debug)]
 pub struct SnapshotSchedule {
-    /// Entries between two snapshots.
+    /// Entries between two snapshots, at least.
     count: u64,
     /// The applied index of the newest snapshot, written or on its way.
     captured: u64,
     /// The applied index from which on one is due.
     due_at: u64,
+    /// One is on its way.
+    under_way: bool,
+    /// The rest behind the last one.
+    rest: Option<Rest>,
+    /// Bytes of the log behind the newest.
+    bytes: u64,
     /// When one is due because the last one failed, whatever is applied until then.
     retry_at: Option<Instant>,
+}
+
+/// Until when, and until how many bytes of the log, no snapshot is due.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    until: Instant,
+    bytes: u64,
 }
 
 impl SnapshotSchedule {
     /// One snapshot every `count` entries, the last of which is that of `index`.
     pub fn new(count: u64, index: u64) -> SnapshotSchedule {
-        SnapshotSchedule { count, captured: index, due_at: index.saturating_add(count), retry_at: None }
+        let due_at = index.saturating_add(count);
+        SnapshotSchedule { count, captured: index, due_at, under_way: false, rest: None, bytes: 0, retry_at: None }
     }
 
     /// Whether it is time for one, with the state at `applied`.
     pub fn is_due(&self, applied: u64, now: Instant) -> bool {
         match self.retry_at {
             Some(at) => now >= at,
-            None => applied >= self.due_at,
+            None => applied >= self.due_at && !self.under_way && self.is_rested(now),
         }
+    }
+
+    fn is_rested(&self, now: Instant) -> bool {
+        self.rest.is_none_or(|rest| now >= rest.until || self.bytes >= rest.bytes)
     }
 
     /// Whether one of the state at `applied` would be the same as the newest.
@@ -163,9 +196,28 @@ impl SnapshotSchedule {
         self.captured == applied
     }
 
-    /// One of the state at `applied` is on its way to the disk.
+    /// A command of so many bytes was applied.
+    pub fn applied(&mut self, bytes: usize) {
+        self.bytes += bytes as u64 + ENTRY_BYTES;
+    }
+
+    /// One of the state at `applied` is on its way to the disk; [`Self::written`] or [`Self::failed`] follows.
     pub fn captured(&mut self, applied: u64) {
-        *self = SnapshotSchedule::new(self.count, applied);
+        *self = SnapshotSchedule { under_way: true, ..SnapshotSchedule::new(self.count, applied) };
+    }
+
+    /// It is on the disk: so many bytes, which took so long.
+    pub fn written(&mut self, bytes: u64, took: Duration, now: Instant) {
+        self.under_way = false;
+        // One that failed was of an earlier state.
+        self.retry_at = None;
+        let until = now + took.saturating_mul(SNAPSHOT_RESTS_PER_WORK).min(SNAPSHOT_REST_MAX);
+        self.rest = Some(Rest { until, bytes: bytes.max(SNAPSHOT_REST_BYTES) });
+    }
+
+    /// Ends the rest: the disk is short of space, and a snapshot lets the log be shortened.
+    pub fn end_rest(&mut self) {
+        self.rest = None;
     }
 
     /// One that the leader sent, of `index`, took the place of the state. A retry is not given up: the failed one may
@@ -173,10 +225,12 @@ impl SnapshotSchedule {
     pub fn restored(&mut self, index: u64) {
         self.captured = index;
         self.due_at = index.saturating_add(self.count);
+        self.bytes = 0;
     }
 
     /// The last one could not be written.
     pub fn failed(&mut self, now: Instant) {
+        self.under_way = false;
         self.retry_at = Some(now + SNAPSHOT_RETRY_INTERVAL);
     }
 }
@@ -188,5 +242,59 @@ fn reply(applied: Applied) -> WriteReply {
         Applied::First(outcome) => WriteReply::Applied(outcome),
         Applied::Membership => unreachable!("changes of the membership are applied by the core"),
         Applied::Repeat => WriteReply::Unknown("the write was applied or refused before this node could see it"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_snapshot_is_due_after_its_entries_and_a_rest_in_proportion_to_the_last_one() {
+        let began = Instant::now();
+        let mut schedule = SnapshotSchedule::new(100, 1000);
+        assert!(!schedule.is_due(1099, began) && schedule.is_due(1100, began), "there was none to rest from");
+        schedule.captured(1100);
+        assert!(!schedule.is_due(5000, began + 100 * SECOND), "it is still being written");
+        schedule.written(4096, 2 * SECOND, began);
+        assert!(!schedule.is_due(5000, began + 37 * SECOND));
+        assert!(schedule.is_due(5000, began + 38 * SECOND) && !schedule.is_due(1199, began + 38 * SECOND));
+        schedule.written(4096, 1000 * SECOND, began);
+        assert!(schedule.is_due(5000, began + SNAPSHOT_REST_MAX));
+    }
+
+    #[test]
+    fn a_rest_is_over_when_the_log_has_grown_as_large_as_the_snapshot() {
+        let began = Instant::now();
+        for (snapshot_bytes, log_bytes) in [(4096, SNAPSHOT_REST_BYTES), (1 << 30, 1 << 30)] {
+            let mut schedule = SnapshotSchedule::new(100, 0);
+            schedule.captured(0);
+            schedule.applied(1000);
+            schedule.written(snapshot_bytes, SECOND, began);
+            schedule.applied((log_bytes - 3 * ENTRY_BYTES) as usize - 1001);
+            assert!(!schedule.is_due(100, began));
+            schedule.applied(1);
+            assert!(schedule.is_due(100, began) && !schedule.is_due(99, began));
+            schedule.captured(100);
+            schedule.written(snapshot_bytes, SECOND, began);
+            assert!(!schedule.is_due(200, began), "the next one begins from zero");
+            schedule.end_rest();
+            assert!(schedule.is_due(200, began), "the disk is short");
+        }
+    }
+
+    #[test]
+    fn after_a_failure_a_snapshot_is_due_in_a_while_whatever_is_applied() {
+        let began = Instant::now();
+        let mut schedule = SnapshotSchedule::new(100, 0);
+        schedule.captured(100);
+        schedule.failed(began);
+        assert!(!schedule.is_due(1000, began) && schedule.is_due(100, began + SNAPSHOT_RETRY_INTERVAL));
+        schedule.restored(500);
+        assert!(schedule.is_due(500, began + SNAPSHOT_RETRY_INTERVAL), "the failed one may have been of a later state");
+        schedule.captured(500);
+        assert!(schedule.has(500) && !schedule.is_due(500, began + SNAPSHOT_RETRY_INTERVAL));
     }
 }

@@ -121,6 +121,11 @@ impl Room {
         })
     }
 
+    /// Whether the disk had less than the reserve when it was last asked.
+    pub fn is_disk_short(&self) -> bool {
+        self.below_reserve.is_some()
+    }
+
     fn look(&mut self) {
         // A file system that can't tell will say so itself when it is full.
         let free = self.disk.free_bytes().unwrap_or(u64::MAX);
@@ -264,6 +269,8 @@ pub enum ToApplier {
     Batch(Vec<Apply<ReplyTo>>),
     /// A follower needs a snapshot newer than the newest.
     SnapshotWanted,
+    /// The disk is short of space: a snapshot lets the log be shortened, and should not be rested from.
+    DiskShort,
     /// A client asks for a snapshot.
     Snapshot(Sender<Result<SnapshotInfo, Refusal>>),
 }
@@ -531,6 +538,10 @@ impl<N: Network> Driver<N> {
             let network = &*host.network;
             self.replica.record_directories(&|member| network.directory(member));
             host.network.position(self.replica.core().term(), self.replica.core().last_index());
+            if self.options.room.is_disk_short() {
+                // Full, it is said again at the next tick.
+                let _ = self.applier.try_send(ToApplier::DiskShort);
+            }
         }
         self.more = self.replica.process(&mut host)?;
         host.pass_on();

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use crate::disk::{Disk, DiskFile};
 
-/// Bytes after which a file is synced. A sync of the log meets at most so many of ours in the disk's queue.
-pub const SYNC_BYTES: u64 = 1 << 20;
+/// Bytes after which a file is synced. A sync of the log meets at most so many of ours in the disk's queue: with 1 MiB the
+/// slowest of a hundred PUTs took 8 % longer, with 8 MiB 40 %.
+pub const SYNC_BYTES: u64 = 256 << 10;
 
 /// Rest for each unit of work: a third of the time is worked. More rest would make a gigabyte take minutes.
 pub const RESTS_PER_WORK: u32 = 2;
@@ -114,7 +115,7 @@ mod tests {
     fn what_is_written_gently_is_the_same_and_durable_piece_by_piece() {
         let memory = MemoryDisk::new();
         let disk = GentleDisk::new(Arc::new(memory.clone()));
-        let piece = vec![7; 400 << 10];
+        let piece = vec![7; 100 << 10];
         let mut file = disk.create("a", 0).unwrap();
         let syncs = memory.counts().syncs;
         for number in 0..10 {
@@ -123,7 +124,7 @@ mod tests {
         // Three pieces reach the bytes of a sync.
         assert_eq!(memory.counts().syncs - syncs, 3);
         file.sync_data().unwrap();
-        assert_eq!(memory.read_file("a").unwrap(), vec![7; 4000 << 10]);
+        assert_eq!(memory.read_file("a").unwrap(), vec![7; 1000 << 10]);
     }
 
     #[test]

@@ -43,11 +43,13 @@
 //! | lane | peer connection | messages, on another node | TCP | waits until a timeout |
 //! | lane | driver | how it goes | `EVENTS_MAX` | drops |
 //! | driver | applier | a batch | `APPLY_BATCHES_MAX` | waits |
+//! | driver | applier | that a snapshot is wanted, that the disk is short | `APPLY_BATCHES_MAX` | drops |
 //! | driver | lane | messages | `FAST_MESSAGES_MAX` and `FAST_BYTES_MAX`, `BULK_MESSAGES_MAX` and `BULK_BYTES_MAX` | drops |
 //! | driver | snapshotter | which snapshots may go | `REMOVALS_MAX` | drops |
 //! | driver | event loop | an answer | `LETTERS_PER_CONNECTION` for each | drops |
 //! | applier | snapshotter | a capture | `CAPTURES_MAX` | drops, or refuses who asked for it |
 //! | applier | snapshotter | which snapshots may go | `REMOVALS_MAX` | drops |
+//! | snapshotter | applier | how a snapshot went | `SNAPSHOT_ENDS_MAX` | drops, and is never full |
 //! | applier | event loop | an answer | `LETTERS_PER_CONNECTION` for each | drops |
 //! | applier | connection | an answer, or that something has changed | 1 | drops |
 //!
@@ -67,7 +69,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Select, Sender, TryRecvError, TrySendError, bounded, select};
 use raft::eraftpb::{Message, MessageType};
 use slog::Drain;
 
@@ -108,6 +110,16 @@ use crate::watch::{WATCHES_MAX, Watchers};
 /// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
 pub const CAPTURES_MAX: usize = 1;
 
+/// Snapshots whose end the applier has not heard of: it looks before it orders one, and then those may have ended that were
+/// being written and waiting, and the new one.
+pub const SNAPSHOT_ENDS_MAX: usize = 3;
+
+const _: () = assert!(SNAPSHOT_ENDS_MAX == CAPTURES_MAX + 2);
+
+/// Answers that the applier gives at once, before it goes on with its batch: the event loop writes them meanwhile. Fewer
+/// cost more wake-ups; with all of a batch at once, clients wait for those behind them.
+const ANSWERS_AT_ONCE: usize = 8;
+
 /// Orders to remove older snapshots: one says it all until it is obeyed.
 pub const REMOVALS_MAX: usize = 1;
 
@@ -142,22 +154,55 @@ pub struct ApplierThread {
     metrics: Arc<Metrics>,
     progress: Progress,
     schedule: SnapshotSchedule,
-    /// Set by the snapshotter when it has failed.
-    snapshot_failed: Arc<AtomicBool>,
+    snapshot_ends: Receiver<SnapshotEnd>,
+}
+
+/// Takes what comes next, or sleeps until it comes. `recv` would give up the processor over and over for a while before
+/// it sleeps: where each thread's next work is a long way off, that takes the processor from those whose work is there.
+fn sleep_until_received<T>(receiver: &Receiver<T>, timeout: Duration) -> Result<T, RecvTimeoutError> {
+    match receiver.try_recv() {
+        Ok(next) => return Ok(next),
+        Err(TryRecvError::Disconnected) => return Err(RecvTimeoutError::Disconnected),
+        Err(TryRecvError::Empty) => {}
+    }
+    let mut select = Select::new();
+    select.recv(receiver);
+    match select.select_timeout(timeout) {
+        Ok(operation) => operation.recv(receiver).map_err(|_| RecvTimeoutError::Disconnected),
+        Err(_) => Err(RecvTimeoutError::Timeout),
+    }
+}
+
+/// How a snapshot went that the applier has ordered.
+pub enum SnapshotEnd {
+    /// It is on the disk.
+    Written {
+        /// Its size.
+        bytes: u64,
+        /// From the first byte to the last sync.
+        took: Duration,
+    },
+    /// It could not be written.
+    Failed,
 }
 
 impl ApplierThread {
     fn run(mut self) -> Result<(), String> {
         let mut done: Vec<(ReplyTo, Done)> = Vec::new();
         loop {
-            match self.batches.recv_timeout(IDLE_INTERVAL) {
+            match sleep_until_received(&self.batches, IDLE_INTERVAL) {
                 Ok(ToApplier::Batch(batch)) => {
                     fail_point("applier-batch-taken");
                     let started = Instant::now();
                     let mut restored = None;
                     for apply in batch {
-                        if let Apply::Restore { index, .. } = &apply {
-                            restored = Some(*index);
+                        if done.len() >= ANSWERS_AT_ONCE {
+                            self.publish(&mut done, restored.is_some());
+                        }
+                        match &apply {
+                            Apply::Command { command, .. } => self.schedule.applied(command.len()),
+                            Apply::Restore { index, .. } => restored = Some(*index),
+                            _ => {}
                         }
                         self.applier.apply(apply, &mut done).map_err(|error| error.to_string())?;
                     }
@@ -171,6 +216,7 @@ impl ApplierThread {
                 // Taken again before anything more is applied, it would be the same.
                 Ok(ToApplier::SnapshotWanted) if self.schedule.has(self.applier.applied_index()) => {}
                 Ok(ToApplier::SnapshotWanted) => self.capture(None),
+                Ok(ToApplier::DiskShort) => self.schedule.end_rest(),
                 Ok(ToApplier::Snapshot(reply)) => self.capture(Some(reply)),
                 // What was published last may hold what is long overwritten.
                 Err(RecvTimeoutError::Timeout) => self.publish(&mut done, false),
@@ -233,15 +279,24 @@ impl ApplierThread {
     }
 
     fn is_snapshot_due(&mut self) -> bool {
+        self.hear_of_snapshots();
+        self.schedule.is_due(self.applier.applied_index(), Instant::now())
+    }
+
+    /// Notes how the last snapshots went.
+    fn hear_of_snapshots(&mut self) {
         let now = Instant::now();
-        if self.snapshot_failed.swap(false, Ordering::Relaxed) {
-            self.schedule.failed(now);
+        for end in self.snapshot_ends.try_iter() {
+            match end {
+                SnapshotEnd::Written { bytes, took } => self.schedule.written(bytes, took, now),
+                SnapshotEnd::Failed => self.schedule.failed(now),
+            }
         }
-        self.schedule.is_due(self.applier.applied_index(), now)
     }
 
     /// Takes a snapshot of this moment, unless one is still being written.
     fn capture(&mut self, reply: Option<Sender<Result<SnapshotInfo, Refusal>>>) {
+        self.hear_of_snapshots();
         let capture = Box::new(self.applier.capture());
         fail_point("snapshot-order-before");
         match self.snapshotter.try_send(ToSnapshotter { capture, reply }) {
@@ -261,8 +316,8 @@ pub struct SnapshotterThread {
     removals: Receiver<u64>,
     files: SnapshotFiles,
     events: Sender<Event>,
-    /// Tells the applier to come again.
-    failed: Arc<AtomicBool>,
+    /// Tells the applier how it went.
+    ends: Sender<SnapshotEnd>,
     metrics: Arc<Metrics>,
 }
 
@@ -295,6 +350,12 @@ impl SnapshotterThread {
         }
     }
 
+    fn tell(&self, end: SnapshotEnd) {
+        let told = self.ends.try_send(end);
+        // The applier looks before each order that it gives. It is gone only when the node ends.
+        assert!(!matches!(told, Err(TrySendError::Full(_))), "more snapshots have ended than were ordered");
+    }
+
     /// A snapshot that can't be written costs disk space and a longer restart, not the node: the log still has it all.
     ///
     /// # Errors
@@ -305,13 +366,10 @@ impl SnapshotterThread {
         let mut remove = || self.removals.try_iter().for_each(|index| self.remove_older(index));
         let result = match self.files.write_then(capture, &mut remove) {
             Ok(info) => {
-                log::info!(
-                    "wrote the snapshot of index {}: {} bytes in {:?}",
-                    info.index,
-                    info.bytes,
-                    started.elapsed()
-                );
-                self.metrics.snapshots.write.done(info.bytes, started.elapsed());
+                let took = started.elapsed();
+                log::info!("wrote the snapshot of index {}: {} bytes in {took:?}", info.index, info.bytes);
+                self.metrics.snapshots.write.done(info.bytes, took);
+                self.tell(SnapshotEnd::Written { bytes: info.bytes, took });
                 let event = Event::SnapshotWritten { info, membership: capture.membership().clone() };
                 fail_point("snapshot-report-before");
                 // Waits for the driver, who waits for nobody here.
@@ -321,7 +379,7 @@ impl SnapshotterThread {
             Err(error) if error.is_fatal() => return Err(error.to_string()),
             Err(error) => {
                 log::warn!("{error}; the node goes on and tries again in {SNAPSHOT_RETRY_INTERVAL:?}");
-                self.failed.store(true, Ordering::Relaxed);
+                self.tell(SnapshotEnd::Failed);
                 self.metrics.snapshots.write.failed();
                 Err(Refusal::Full(error.to_string()))
             }
@@ -794,7 +852,7 @@ impl Node {
         let (driver_progress, applier_progress) = (Progress::new(started), Progress::new(started));
 
         let event_loops = event_loops()?;
-        let snapshot_failed = Arc::new(AtomicBool::new(false));
+        let (ends, snapshot_ends) = bounded(SNAPSHOT_ENDS_MAX);
         let room = Room::new(disk.clone(), publication.clone(), config.max_store_bytes, FREE_BYTES_RESERVE);
         let gauges = Gauges {
             events: events_tx.clone(),
@@ -826,14 +884,14 @@ impl Node {
             metrics: metrics.clone(),
             progress: applier_progress,
             schedule: SnapshotSchedule::new(config.snapshot_count, snapshot_index),
-            snapshot_failed: snapshot_failed.clone(),
+            snapshot_ends,
         };
         let snapshotter = SnapshotterThread {
             orders,
             removals,
             files: gentle_files,
             events: events_tx.clone(),
-            failed: snapshot_failed,
+            ends,
             metrics: metrics.clone(),
         };
         let driver = Driver {

@@ -230,3 +230,17 @@ fn followers_hear_of_a_commit_soon_though_nothing_is_proposed_behind_it() {
     events.send(Event::Stop).unwrap();
     assert_eq!(driving.join().unwrap().unwrap(), DriverEnd::Stopped);
 }
+
+#[test]
+fn the_applier_hears_that_the_disk_is_short() {
+    let (mut driver, events, batches) = driver(1, Nobody::default());
+    let publication = Arc::new(Publication::new(Version::default()));
+    let disk = MemoryDisk::new();
+    disk.set_capacity(Some(1 << 20));
+    driver.options.room = Room::new(Arc::new(disk), publication, u64::MAX, 2 << 20);
+    let driving = thread::Builder::new().spawn(move || driver.run()).unwrap();
+    let is_said = |message| matches!(message, ToApplier::DiskShort);
+    while !is_said(batches.recv_timeout(DEADLINE).expect("nobody says so")) {}
+    events.send(Event::Stop).unwrap();
+    assert_eq!(driving.join().unwrap().unwrap(), DriverEnd::Stopped);
+}

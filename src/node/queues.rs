@@ -97,7 +97,7 @@ fn wired(members: u64) -> Wired {
     let applier = Applier::new(state, Arc::new(founding));
     let publication = Arc::new(Publication::new(applier.version()));
     let watchers = Arc::new(Watchers::default());
-    let snapshot_failed = Arc::new(AtomicBool::new(false));
+    let (ends, snapshot_ends) = bounded(SNAPSHOT_ENDS_MAX);
     let schedule = SnapshotSchedule::new(u64::MAX, core.snapshot_index());
     Wired {
         backend: NodeBackend {
@@ -129,14 +129,14 @@ fn wired(members: u64) -> Wired {
             metrics: metrics.clone(),
             progress: Progress::new(started),
             schedule,
-            snapshot_failed: snapshot_failed.clone(),
+            snapshot_ends,
         },
         snapshotter: SnapshotterThread {
             orders,
             removals,
             files,
             events: events_tx.clone(),
-            failed: snapshot_failed,
+            ends,
             metrics: metrics.clone(),
         },
         driver: Driver {

@@ -84,9 +84,16 @@ fn a_directory_that_cannot_be_synced_behind_a_snapshot_ends_the_node() {
     orders_tx.send(ToSnapshotter { capture, reply: Some(reply) }).unwrap();
     let (_removals_tx, removals) = bounded(REMOVALS_MAX);
     disk.fail(Some(Operation::SyncDirectory), 1, Failure::Error);
-    let reason = SnapshotterThread { orders, removals, files, events, failed: Arc::default(), metrics: Arc::default() }
-        .run()
-        .unwrap_err();
+    let reason = SnapshotterThread {
+        orders,
+        removals,
+        files,
+        events,
+        ends: bounded(SNAPSHOT_ENDS_MAX).0,
+        metrics: Arc::default(),
+    }
+    .run()
+    .unwrap_err();
     assert!(reason.contains("failed to sync the directory"), "{reason}");
     assert!(driver.is_empty() && replies.recv().is_err(), "the log must not name it");
 }
@@ -232,7 +239,7 @@ fn applier(state: StateMachine) -> Appliers {
         metrics: Arc::default(),
         progress: Progress::new(Instant::now()),
         schedule: SnapshotSchedule::new(u64::MAX, captured),
-        snapshot_failed: Arc::new(AtomicBool::new(false)),
+        snapshot_ends: bounded(SNAPSHOT_ENDS_MAX).1,
     };
     Appliers { applier, batches: batches_tx, publication, orders, removals }
 }

@@ -678,6 +678,10 @@ impl<'t> World<'t> {
             }
         };
         self.tally.snapshots_written += 1;
+        let now = self.events.now();
+        if let Some(process) = self.process(id) {
+            process.snapshot_written(info.bytes, now);
+        }
         self.note(format_args!("{id} wrote the snapshot of {}", info.index));
         let membership = capture.membership().clone();
         self.input(id, |replica, _| replica.snapshot_written(info.index, membership, info.index.saturating_sub(keep)))?;

@@ -191,6 +191,7 @@ pub struct Process {
     publication: Arc<Publication>,
     /// A snapshot that is being written.
     pub capture: Option<Capture>,
+    captured_at: Duration,
     pub turn_planned: bool,
     pub apply_planned: bool,
     /// It has applied its own removal, and waits for a member to confirm it.
@@ -356,6 +357,7 @@ impl Machine {
             connected: BTreeSet::new(),
             transfers: BTreeSet::new(),
             capture: None,
+            captured_at: Duration::ZERO,
             turn_planned: false,
             apply_planned: false,
             retirement_planned: false,
@@ -496,8 +498,10 @@ impl Process {
         let mut done = Vec::new();
         let batch = 1 + self.random.below(self.queue.len() as u64) as usize;
         for apply in self.queue.drain(..batch) {
-            if let Apply::Restore { index, .. } = &apply {
-                self.schedule.restored(*index);
+            match &apply {
+                Apply::Command { command, .. } => self.schedule.applied(command.len()),
+                Apply::Restore { index, .. } => self.schedule.restored(*index),
+                _ => {}
             }
             self.applier.apply(apply, &mut done).map_err(|error| Ok(error.to_string()))?;
             let (index, digest) = (self.applier.applied_index(), digest(&self.applier));
@@ -517,7 +521,14 @@ impl Process {
         }
         self.schedule.captured(applied);
         self.capture = Some(self.applier.capture());
+        self.captured_at = now;
         true
+    }
+
+    /// The snapshot that was begun is on the disk. It seems to have taken less than it did: simulations want many
+    /// snapshots, and not long rests between them.
+    pub fn snapshot_written(&mut self, bytes: u64, now: Duration) {
+        self.schedule.written(bytes, (now - self.captured_at) / 50, self.instant(now));
     }
 
     /// The snapshot that was begun could not be written.
