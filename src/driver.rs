@@ -544,7 +544,7 @@ impl<N: Network> Driver<N> {
             }
         }
         self.more = self.replica.process(&mut host)?;
-        host.pass_on();
+        host.pass_on(true);
         self.announce_by = match self.announce_by {
             _ if !self.replica.core().owes_commit() => None,
             Some(by) if now >= by => {
@@ -678,14 +678,18 @@ struct DriverHost<'a, N> {
 }
 
 impl<N> DriverHost<'_, N> {
-    /// Sends the applier its next batch.
-    fn pass_on(&mut self) {
+    /// Sends the applier its next batch, if there is room or `waits` says to wait for it.
+    fn pass_on(&mut self, waits: bool) {
         if self.batch.is_empty() {
             return;
         }
         fail_point("driver-batch-before");
         // The applier is gone only when it has failed, and then the process ends with its reason.
-        let _ = self.applier.send(ToApplier::Batch(std::mem::take(&mut self.batch)));
+        match self.applier.try_send(ToApplier::Batch(std::mem::take(&mut self.batch))) {
+            Err(TrySendError::Full(batch)) if waits => drop(self.applier.send(batch)),
+            Err(TrySendError::Full(ToApplier::Batch(batch))) => self.batch = batch,
+            _ => {}
+        }
         fail_point("driver-batch-after");
     }
 }
@@ -704,15 +708,8 @@ impl<N: Network> Host<ReplyTo> for DriverHost<'_, N> {
     }
 
     fn before_sync(&mut self) {
-        if self.batch.is_empty() {
-            return;
-        }
-        fail_point("driver-batch-before");
         // Without room it goes after the sync: the log, and whoever waits for its answers, does not wait for the applier.
-        let batch = ToApplier::Batch(std::mem::take(&mut self.batch));
-        if let Err(TrySendError::Full(ToApplier::Batch(batch))) = self.applier.try_send(batch) {
-            self.batch = batch;
-        }
+        self.pass_on(false);
     }
 
     fn answer(&mut self, waiter: ReplyTo, answer: Answer) {

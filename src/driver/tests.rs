@@ -244,3 +244,29 @@ fn the_applier_hears_that_the_disk_is_short() {
     events.send(Event::Stop).unwrap();
     assert_eq!(driving.join().unwrap().unwrap(), DriverEnd::Stopped);
 }
+
+#[test]
+fn a_sync_does_not_wait_for_a_full_applier_and_nothing_is_lost() {
+    let (mut network, mut offences) = (Nobody::default(), Offences::default());
+    let mut measures = Measures::new(Arc::default());
+    let (applier, batches) = bounded(1);
+    let mut host = DriverHost {
+        network: &mut network,
+        offences: &mut offences,
+        measures: &mut measures,
+        applier: &applier,
+        batch: Vec::new(),
+    };
+    for index in 1..=3 {
+        host.apply(Apply::Nothing { index, term: 1 });
+        host.before_sync();
+    }
+    let index = |apply: &Apply<ReplyTo>| if let Apply::Nothing { index, .. } = apply { *index } else { 0 };
+    let taken = || match batches.try_recv() {
+        Ok(ToApplier::Batch(batch)) => batch.iter().map(index).collect(),
+        _ => Vec::new(),
+    };
+    assert_eq!(taken(), [1]);
+    host.pass_on(true);
+    assert_eq!(taken(), [2, 3]);
+}
