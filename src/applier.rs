@@ -21,9 +21,10 @@ use crate::store::{Applied, Capture, Replacement, StateMachine, Version};
 /// is full stays so for a while.
 pub const SNAPSHOT_RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Rest between two snapshots for each unit of time that the first of them took. While one is written, a sync of the log
-/// waits behind its bytes, and each change copies what the snapshot shares; with this, that is a twentieth of the time.
-pub const SNAPSHOT_RESTS_PER_WORK: u32 = 19;
+/// Bytes of snapshots that a node writes in a second, in the long run: it rests behind each for as long as its bytes ask
+/// for. While one is written, a sync of the log waits behind its bytes, and each change copies what the snapshot shares;
+/// a disk that can sync a log writes many times as much.
+pub const SNAPSHOT_BYTES_PER_SECOND: u64 = 3 << 20;
 
 /// Bytes of the log that end the rest, unless the snapshot before it was larger: then as many as it had. A restart reads
 /// them back, and until the next snapshot they lie on the disk.
@@ -31,9 +32,6 @@ pub const SNAPSHOT_REST_BYTES: u64 = 64 << 20;
 
 /// Bytes that an entry counts besides its command: about what it takes in the log, and for its place in memory.
 const ENTRY_BYTES: u64 = 100;
-
-/// The longest rest: a disk that was stuck for long is no reason to let the log grow for twenty times as long.
-pub const SNAPSHOT_REST_MAX: Duration = Duration::from_secs(300);
 
 /// What a waiting request is told once its batch is published.
 #[derive(Debug)]
@@ -206,12 +204,12 @@ impl SnapshotSchedule {
         *self = SnapshotSchedule { under_way: true, ..SnapshotSchedule::new(self.count, applied) };
     }
 
-    /// It is on the disk: so many bytes, which took so long.
-    pub fn written(&mut self, bytes: u64, took: Duration, now: Instant) {
+    /// It is on the disk, with so many bytes.
+    pub fn written(&mut self, bytes: u64, now: Instant) {
         self.under_way = false;
         // One that failed was of an earlier state.
         self.retry_at = None;
-        let until = now + took.saturating_mul(SNAPSHOT_RESTS_PER_WORK).min(SNAPSHOT_REST_MAX);
+        let until = now + Duration::from_millis(bytes / (SNAPSHOT_BYTES_PER_SECOND / 1000));
         self.rest = Some(Rest { until, bytes: bytes.max(SNAPSHOT_REST_BYTES) });
     }
 
@@ -252,33 +250,33 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn a_snapshot_is_due_after_its_entries_and_a_rest_in_proportion_to_the_last_one() {
+    fn a_snapshot_is_due_after_its_entries_and_a_rest_in_proportion_to_the_bytes_of_the_last_one() {
         let began = Instant::now();
         let mut schedule = SnapshotSchedule::new(100, 1000);
         assert!(!schedule.is_due(1099, began) && schedule.is_due(1100, began), "there was none to rest from");
         schedule.captured(1100);
         assert!(!schedule.is_due(5000, began + 100 * SECOND), "it is still being written");
-        schedule.written(4096, 2 * SECOND, began);
-        assert!(!schedule.is_due(5000, began + 37 * SECOND));
-        assert!(schedule.is_due(5000, began + 38 * SECOND) && !schedule.is_due(1199, began + 38 * SECOND));
-        schedule.written(4096, 1000 * SECOND, began);
-        assert!(schedule.is_due(5000, began + SNAPSHOT_REST_MAX));
+        schedule.written(10 * SNAPSHOT_BYTES_PER_SECOND, began);
+        assert!(!schedule.is_due(5000, began + 9 * SECOND));
+        assert!(schedule.is_due(5000, began + 11 * SECOND) && !schedule.is_due(1199, began + 11 * SECOND));
+        schedule.written(100, began);
+        assert!(schedule.is_due(5000, began), "a small one is not worth a rest");
     }
 
     #[test]
     fn a_rest_is_over_when_the_log_has_grown_as_large_as_the_snapshot() {
         let began = Instant::now();
-        for (snapshot_bytes, log_bytes) in [(4096, SNAPSHOT_REST_BYTES), (1 << 30, 1 << 30)] {
+        for (snapshot_bytes, log_bytes) in [(1 << 20, SNAPSHOT_REST_BYTES), (1 << 30, 1 << 30)] {
             let mut schedule = SnapshotSchedule::new(100, 0);
             schedule.captured(0);
             schedule.applied(1000);
-            schedule.written(snapshot_bytes, SECOND, began);
+            schedule.written(snapshot_bytes, began);
             schedule.applied((log_bytes - 3 * ENTRY_BYTES) as usize - 1001);
             assert!(!schedule.is_due(100, began));
             schedule.applied(1);
             assert!(schedule.is_due(100, began) && !schedule.is_due(99, began));
             schedule.captured(100);
-            schedule.written(snapshot_bytes, SECOND, began);
+            schedule.written(snapshot_bytes, began);
             assert!(!schedule.is_due(200, began), "the next one begins from zero");
             schedule.end_rest();
             assert!(schedule.is_due(200, began), "the disk is short");

@@ -175,13 +175,8 @@ fn sleep_until_received<T>(receiver: &Receiver<T>, timeout: Duration) -> Result<
 
 /// How a snapshot went that the applier has ordered.
 pub enum SnapshotEnd {
-    /// It is on the disk.
-    Written {
-        /// Its size.
-        bytes: u64,
-        /// From the first byte to the last sync.
-        took: Duration,
-    },
+    /// It is on the disk, with so many bytes.
+    Written(u64),
     /// It could not be written.
     Failed,
 }
@@ -288,7 +283,7 @@ impl ApplierThread {
         let now = Instant::now();
         for end in self.snapshot_ends.try_iter() {
             match end {
-                SnapshotEnd::Written { bytes, took } => self.schedule.written(bytes, took, now),
+                SnapshotEnd::Written(bytes) => self.schedule.written(bytes, now),
                 SnapshotEnd::Failed => self.schedule.failed(now),
             }
         }
@@ -369,7 +364,7 @@ impl SnapshotterThread {
                 let took = started.elapsed();
                 log::info!("wrote the snapshot of index {}: {} bytes in {took:?}", info.index, info.bytes);
                 self.metrics.snapshots.write.done(info.bytes, took);
-                self.tell(SnapshotEnd::Written { bytes: info.bytes, took });
+                self.tell(SnapshotEnd::Written(info.bytes));
                 let event = Event::SnapshotWritten { info, membership: capture.membership().clone() };
                 fail_point("snapshot-report-before");
                 // Waits for the driver, who waits for nobody here.

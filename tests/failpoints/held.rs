@@ -67,6 +67,7 @@ fn a_member_held_at_any_step_costs_the_others_an_election_at_most() {
         orders[&id].spawn(&mut cluster, id);
     }
     // The other two found the cluster, and go on without it.
+    [2, 3].into_iter().for_each(|id| cluster.wait_ready(id));
     orders[&1].hold_at_each(&founding, |point| {
         assert_eq!(cluster.client(2).put("/founding", point.as_bytes()).status, 204);
     });

@@ -77,6 +77,16 @@ fn assert_killed_at(cluster: &mut Cluster, id: u64, point: &str) {
     assert_eq!(cluster.wait_end(id).signal(), Some(SIGKILL), "node {id} should have been killed at {point}");
 }
 
+/// Orders snapshots until a node ends: under load it rests between those that it takes by itself.
+fn order_snapshots_until_it_ends(cluster: &mut Cluster, id: u64) {
+    let mut client = cluster.client(id);
+    wait_for("the end of a node", || {
+        // Refused while another is being written, and broken off at the end.
+        let _ = client.request("POST", "/_/snapshot", &[], b"");
+        cluster.has_ended(id).then_some(())
+    });
+}
+
 #[test]
 fn a_founding_cut_anywhere_is_made_again() {
     let mut points: Vec<&str> = [AT_FOUNDING, AT_START].concat();
@@ -120,6 +130,7 @@ fn the_only_copy_survives_a_crash_at_every_step() {
         // What a start writes comes before the load.
         let passes = if AT_START.contains(&point) { 0 } else { 17 + number % 3 };
         spawn_to_die(&mut cluster, 1, point, passes);
+        order_snapshots_until_it_ends(&mut cluster, 1);
         assert_killed_at(&mut cluster, 1, point);
         cluster.restart(1);
         load.wait_for_writes(20);

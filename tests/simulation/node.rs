@@ -191,7 +191,6 @@ pub struct Process {
     publication: Arc<Publication>,
     /// A snapshot that is being written.
     pub capture: Option<Capture>,
-    captured_at: Duration,
     pub turn_planned: bool,
     pub apply_planned: bool,
     /// It has applied its own removal, and waits for a member to confirm it.
@@ -357,7 +356,6 @@ impl Machine {
             connected: BTreeSet::new(),
             transfers: BTreeSet::new(),
             capture: None,
-            captured_at: Duration::ZERO,
             turn_planned: false,
             apply_planned: false,
             retirement_planned: false,
@@ -521,14 +519,13 @@ impl Process {
         }
         self.schedule.captured(applied);
         self.capture = Some(self.applier.capture());
-        self.captured_at = now;
         true
     }
 
-    /// The snapshot that was begun is on the disk. It seems to have taken less than it did: simulations want many
-    /// snapshots, and not long rests between them.
+    /// The snapshot that was begun is on the disk.
     pub fn snapshot_written(&mut self, bytes: u64, now: Duration) {
-        self.schedule.written(bytes, (now - self.captured_at) / 50, self.instant(now));
+        let now = self.instant(now);
+        self.schedule.written(bytes, now);
     }
 
     /// The snapshot that was begun could not be written.
