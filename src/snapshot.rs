@@ -17,7 +17,6 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
@@ -312,7 +311,7 @@ fn encode_window(node: NodeId, boot: u64, window: &Window, out: &mut Vec<u8>) {
     }
 }
 
-fn encode_change(change: &Change, out: &mut Vec<u8>) {
+fn encode_change(change: Change<&[u8]>, out: &mut Vec<u8>) {
     put_u64(out, change.index);
     put_u8(
         out,
@@ -321,7 +320,7 @@ fn encode_change(change: &Change, out: &mut Vec<u8>) {
             Operation::Delete => 2,
         },
     );
-    put_bytes(out, &change.key);
+    put_bytes(out, change.key);
 }
 
 /// Cuts records into blocks.
@@ -603,7 +602,7 @@ impl Parts {
             2 => Operation::Delete,
             _ => return Ok(false),
         };
-        let key = Arc::from(fields.bytes(KEY_BYTES_MAX)?);
+        let key = fields.bytes(KEY_BYTES_MAX)?;
         Ok(index <= self.header.index && self.history.restore(Change { index, operation, key }))
     }
 
@@ -628,6 +627,8 @@ impl Parts {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use bytes::Bytes;
     use proptest::prelude::*;
     use proptest::test_runner::TestRng;
@@ -896,7 +897,7 @@ mod tests {
         };
         let change = |index, key: &[u8]| {
             let mut out = Vec::new();
-            encode_change(&Change { index, operation: Operation::Put, key: Arc::from(key) }, &mut out);
+            encode_change(Change { index, operation: Operation::Put, key }, &mut out);
             out
         };
         let ids = |ids: &[u64]| ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<_>>();

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use criterion::{BatchSize, BenchmarkId, Criterion};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
 use raftexample::applier::Applier;
 use raftexample::membership::Membership;
 use raftexample::random::SplitMix64;
@@ -16,8 +16,12 @@ const KEYS: [u64; 2] = [1000, 1_000_000];
 /// As many writes are remembered for those who follow changes: before, the history would still grow.
 const HISTORY: u64 = 100_000;
 
+/// Writes that the applier answers at once.
+const CHUNK: usize = 8;
+
 /// What it takes to decode one PUT of a random key that is there, apply it, and publish the version, as after every
-/// batch: a reader may hold the one before, so what the PUT changes of the map is copied.
+/// batch: a reader may hold the one before, so what the PUT changes of the map is copied. And what it takes for eight of
+/// them while nobody reads.
 pub(crate) fn all(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("apply");
     for keys in KEYS {
@@ -32,6 +36,17 @@ pub(crate) fn all(criterion: &mut Criterion) {
                     store.apply(command);
                     store.publish();
                 },
+                BatchSize::SmallInput,
+            );
+        });
+        let mut store = None;
+        group.throughput(Throughput::Elements(CHUNK as u64));
+        group.bench_function(BenchmarkId::new("eight puts without a reader among keys", keys), |bencher| {
+            let store = store.get_or_insert_with(|| Store::unread(keys));
+            let mut random = SplitMix64::new(1);
+            bencher.iter_batched(
+                || [(); CHUNK].map(|()| put(random.below(keys))),
+                |commands| store.apply_all(commands),
                 BatchSize::SmallInput,
             );
         });
@@ -56,12 +71,27 @@ impl Store {
         store
     }
 
+    /// Nobody holds a version of it.
+    fn unread(keys: u64) -> Store {
+        Store { published: Version::default(), ..Store::filled(keys) }
+    }
+
     fn apply(&mut self, command: Bytes) {
-        let index = self.applier.applied_index() + 1;
-        let apply = Apply::Command { index, term: 1, id: request(index), command, waiter: Some(()) };
+        self.apply_all([command]);
+    }
+
+    /// As a node applies a batch.
+    fn apply_all<const COUNT: usize>(&mut self, commands: [Bytes; COUNT]) {
+        let mut index = self.applier.applied_index();
+        let applies = commands.map(|command| {
+            index += 1;
+            Apply::Command { index, term: 1, id: request(index), command, waiter: Some(()) }
+        });
         let mut done = Vec::new();
-        self.applier.apply(apply, &mut done).unwrap();
-        assert_eq!(done.len(), 1);
+        for apply in applies {
+            self.applier.apply(apply, &mut done).unwrap();
+        }
+        assert_eq!(done.len(), COUNT);
     }
 
     fn publish(&mut self) {

@@ -241,7 +241,7 @@ impl StateMachine {
     }
 
     fn changed(&mut self, index: u64, operation: Operation, key: &[u8]) {
-        self.visible.history.push(Change { index, operation, key: Arc::from(key) });
+        self.visible.history.push(Change { index, operation, key });
     }
 }
 

@@ -85,7 +85,7 @@ impl Version {
     /// If changes after `after` have been forgotten.
     pub fn changes(&self, prefix: &[u8], after: u64, limit: usize) -> Result<Changes, HistoryGone> {
         let under_prefix = self.history.after(after)?.filter(|change| change.key.starts_with(prefix));
-        let changes: Vec<Change> = under_prefix.take(limit.max(1)).cloned().collect();
+        let changes: Vec<Change> = under_prefix.take(limit.max(1)).map(Change::to_owned).collect();
         let index = match changes.last() {
             Some(last) if changes.len() >= limit => last.index,
             _ => self.applied_index.max(after),
@@ -105,7 +105,7 @@ impl Version {
             return Ok(Some(item.etag()).filter(|&index| index > after));
         }
         let mut newest_first = self.history.after(after)?.rev();
-        Ok(newest_first.find(|change| *change.key == *key).map(|change| change.index))
+        Ok(newest_first.find(|change| change.key == key).map(|change| change.index))
     }
 
     /// The lowest index whose later changes are all known.
@@ -116,8 +116,6 @@ impl Version {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::super::history::Operation;
     use super::*;
 
@@ -126,7 +124,7 @@ mod tests {
         for key in keys {
             version.applied_index += 1;
             version.keys.insert(Item::new(version.applied_index, key.as_bytes(), b"value"));
-            let key = Arc::from(key.as_bytes());
+            let key = key.as_bytes();
             version.history.push(Change { index: version.applied_index, operation: Operation::Put, key });
         }
         version
@@ -171,7 +169,7 @@ mod tests {
     fn the_last_change_of_a_key_counts_its_deletion() {
         let mut version = version(&["a", "b"]);
         version.keys.remove(b"a");
-        version.history.push(Change { index: 9, operation: Operation::Delete, key: Arc::from(&b"a"[..]) });
+        version.history.push(Change { index: 9, operation: Operation::Delete, key: b"a" });
         version.applied_index = 9;
         assert_eq!(version.last_change(b"a", 8), Ok(Some(9)));
         assert_eq!(version.last_change(b"a", 9), Ok(None));
