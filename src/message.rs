@@ -110,7 +110,7 @@ impl ClientRequest {
 /// may hold it up.
 pub const ANSWER_GRACE: Duration = Duration::from_secs(2);
 
-/// How long a stale read waits for the applier to publish a version; then it takes the last one.
+/// How long a stale read waits for the applier to give it a version; then it is refused.
 pub const STALE_READ_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A change of the membership or of the leadership.
@@ -230,9 +230,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Waits for a confirmed read index to be applied here, and returns a version at least as new.
     fn read(&self, session: &mut Self::Session, deadline: Instant) -> Result<Arc<Version>, Refusal>;
 
-    /// This node's own newest version, asking no other node. May wait a moment for the applier; when that is stuck, it
-    /// is the last version that was published.
-    fn stale(&self) -> Arc<Version>;
+    /// This node's own newest version, asking no other node. May wait [`STALE_READ_TIMEOUT`] for the applier.
+    fn stale(&self) -> Result<Arc<Version>, Refusal>;
 
     /// The same without waiting; `None` if the applier has to be asked, by [`Ask::StaleRead`].
     fn newest(&self) -> Option<Arc<Version>>;

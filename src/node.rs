@@ -30,7 +30,7 @@
 //! | event loop | applier | stale reads | `APPLY_BATCHES_MAX` | refuses: 503 |
 //! | connection | driver | a request | `EVENTS_MAX` | refuses: 503 |
 //! | connection | driver | the answer | 1 | waits until the request's deadline |
-//! | connection | applier | a stale read, an order for a snapshot | `APPLY_BATCHES_MAX` | refuses: 503, or what was published last |
+//! | connection | applier | a stale read, an order for a snapshot | `APPLY_BATCHES_MAX` | refuses: 503 |
 //! | connection | applier | the answer | 1 | waits until the request's deadline |
 //! | connection | applier | a change, if its client waits for one | 1, for `WATCHES_MAX` | waits until the request's deadline |
 //! | peer connection | driver | a hello, and the answer | `EVENTS_MAX` | waits for `HELLO_TIMEOUT`, and refuses then |
@@ -149,6 +149,8 @@ pub struct ApplierThread {
     publication: Arc<Publication>,
     removals: Sender<u64>,
     watchers: Arc<Watchers>,
+    /// The index up to which those who wait for changes have been told of them.
+    told: u64,
     /// Ways into the event loops whose connections wait for answers.
     mailboxes: Vec<Arc<Mailbox<Reply>>>,
     metrics: Arc<Metrics>,
@@ -192,7 +194,7 @@ impl ApplierThread {
                     let mut restored = None;
                     for apply in batch {
                         if done.len() >= ANSWERS_AT_ONCE {
-                            self.publish(&mut done, restored.is_some());
+                            self.publish(&mut done);
                         }
                         match &apply {
                             Apply::Command { command, .. } => self.schedule.applied(command.len()),
@@ -202,7 +204,7 @@ impl ApplierThread {
                         self.applier.apply(apply, &mut done).map_err(|error| error.to_string())?;
                     }
                     fail_point("applier-publish-before");
-                    self.publish(&mut done, restored.is_some());
+                    self.publish(&mut done);
                     self.metrics.apply_duration.observe(started.elapsed().as_secs_f64());
                     if let Some(index) = restored {
                         self.restored(index);
@@ -213,8 +215,7 @@ impl ApplierThread {
                 Ok(ToApplier::SnapshotWanted) => self.capture(None),
                 Ok(ToApplier::DiskShort) => self.schedule.end_rest(),
                 Ok(ToApplier::Snapshot(reply)) => self.capture(Some(reply)),
-                // What was published last may hold what is long overwritten.
-                Err(RecvTimeoutError::Timeout) => self.publish(&mut done, false),
+                Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
             if self.is_snapshot_due() {
@@ -225,26 +226,26 @@ impl ApplierThread {
     }
 
     /// Makes the new state visible, and only then tells those who wait for it.
-    fn publish(&mut self, done: &mut Vec<(ReplyTo, Done)>, replaced: bool) {
-        let before = self.publication.last().applied_index();
+    fn publish(&mut self, done: &mut Vec<(ReplyTo, Done)>) {
         let state = self.applier.state();
         self.publication.note(state.applied_index(), state.keys() as u64, state.bytes());
         // Asked only now: a client that begins to wait later sees what was noted.
         let watched = self.watchers.any();
-        let read = done.iter().any(|(_, done)| matches!(done, Done::Read));
-        let version = match self.publication.last() {
-            last if last.applied_index() == state.applied_index() => last,
-            // What a snapshot has replaced must not live on in a version that nobody reads.
-            _ if replaced || watched || read || self.publication.is_wanted() => {
-                self.publication.publish(state.version())
+        let version = match self.publication.published() {
+            Some(published) if published.applied_index() == state.applied_index() => published,
+            _ if watched || self.publication.is_wanted() => self.publication.publish(state.version()),
+            published => {
+                if published.is_some() {
+                    self.publication.withdraw();
+                }
+                // For those only who have it coming.
+                Arc::new(state.version())
             }
-            last => last,
         };
-        if replaced {
-            self.applier.forget_replaced();
-        }
+        self.applier.forget_replaced();
+        let told = std::mem::replace(&mut self.told, version.applied_index());
         if watched {
-            match version.changes(b"", before, usize::MAX) {
+            match version.changes(b"", told, usize::MAX) {
                 Ok(changes) => self.watchers.changed(changes.changes.iter().map(|change| &*change.key)),
                 // A snapshot took the place of more than the history holds.
                 Err(_) => self.watchers.all_changed(),
@@ -424,14 +425,15 @@ impl Session {
 }
 
 impl NodeBackend {
-    /// Waits for the applier to publish a version that is as new as it is.
-    fn ask_applier(&self) -> Arc<Version> {
+    /// Waits for the applier to give a version that is as new as it is.
+    fn ask_applier(&self) -> Result<Arc<Version>, Refusal> {
         let session = Session::new();
         let deadline = Instant::now() + STALE_READ_TIMEOUT;
         self.submit_stale(vec![ClientRequest { ask: Ask::StaleRead, deadline, reply: session.reply_to() }]);
         match session.replies.recv_deadline(deadline) {
-            Ok(Reply::Read(Ok(version))) => version,
-            _ => self.publication.last(),
+            Ok(Reply::Read(result)) => result,
+            Ok(_) => unreachable!("a read is answered as a read"),
+            Err(_) => Err(Refusal::Overloaded(APPLIER_STUCK)),
         }
     }
 
@@ -494,6 +496,9 @@ const QUEUE_FULL: &str = "the node's queue is full";
 /// What a stale read is told that finds no room in the applier's queue, and no version as new as what was answered.
 const APPLIER_BUSY: &str = "the applier has more to do than it can queue";
 
+/// What it is told that the applier does not answer.
+const APPLIER_STUCK: &str = "the applier does not answer";
+
 fn refusal<T>(error: TrySendError<T>) -> Refusal {
     match error {
         TrySendError::Full(_) => Refusal::Overloaded(QUEUE_FULL),
@@ -540,8 +545,8 @@ impl Backend for NodeBackend {
         }
     }
 
-    fn stale(&self) -> Arc<Version> {
-        self.newest().unwrap_or_else(|| self.ask_applier())
+    fn stale(&self) -> Result<Arc<Version>, Refusal> {
+        self.newest().map_or_else(|| self.ask_applier(), Ok)
     }
 
     fn newest(&self) -> Option<Arc<Version>> {
@@ -869,6 +874,7 @@ impl Node {
             started,
         };
         let applier = ApplierThread {
+            told: applier.applied_index(),
             applier,
             batches,
             snapshotter,

@@ -1,16 +1,15 @@
-//! What the applier shows to readers: an immutable version of the store, made when somebody wants one.
+//! What the applier shows to readers: an immutable version of the store, while somebody wants one.
 //!
-//! A published version shares the store's nodes, so every write behind it copies the nodes it changes: with a version
-//! for every batch, that copying is most of what a write costs at the applier. So while nobody reads on this node,
-//! only the numbers are published, and a version once a second, so that what was overwritten does not stay in memory; a
-//! reader who finds the version older than the numbers asks the applier for a new one. Who reads often finds one for
-//! every batch.
+//! A published version shares the store's nodes, so every write behind it copies the nodes it changes, and what was
+//! overwritten stays in memory: with a version for every batch, that copying is most of what a write costs at the
+//! applier. So while nobody reads on this node, only the numbers are published, and a version that is older than they are is
+//! withdrawn. A reader who finds none asks the applier. Who reads often finds one for every batch.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
+use arc_swap::ArcSwapOption;
 
 use crate::store::Version;
 
@@ -27,8 +26,8 @@ struct Newest<P, N> {
 /// Where a version lies, to be replaced as a whole.
 trait Place {
     type Version;
-    fn load(&self) -> Arc<Self::Version>;
-    fn store(&self, version: Arc<Self::Version>);
+    fn load(&self) -> Option<Arc<Self::Version>>;
+    fn store(&self, version: Option<Arc<Self::Version>>);
     fn index(version: &Self::Version) -> u64;
 }
 
@@ -38,15 +37,15 @@ trait Number {
     fn store(&self, value: u64);
 }
 
-impl Place for ArcSwap<Version> {
+impl Place for ArcSwapOption<Version> {
     type Version = Version;
 
-    fn load(&self) -> Arc<Version> {
+    fn load(&self) -> Option<Arc<Version>> {
         self.load_full()
     }
 
-    fn store(&self, version: Arc<Version>) {
-        ArcSwap::store(self, version);
+    fn store(&self, version: Option<Arc<Version>>) {
+        ArcSwapOption::store(self, version);
     }
 
     fn index(version: &Version) -> u64 {
@@ -67,13 +66,13 @@ impl Number for AtomicU64 {
 impl<P: Place, N: Number> Newest<P, N> {
     /// The version, if it holds everything applied until now.
     fn version(&self) -> Option<Arc<P::Version>> {
-        // The number first: the version may become newer meanwhile, never older.
+        // The number first: the version may become newer meanwhile, or be withdrawn; it never becomes older.
         let applied_index = self.applied_index.load();
-        Some(self.version.load()).filter(|version| P::index(version) >= applied_index)
+        self.version.load().filter(|version| P::index(version) >= applied_index)
     }
 
-    /// For the applier: a version comes before its number is noted.
-    fn replace(&self, version: Arc<P::Version>) {
+    /// For the applier, who takes versions in the order of their indexes, or none.
+    fn replace(&self, version: Option<Arc<P::Version>>) {
         self.version.store(version);
     }
 
@@ -85,26 +84,23 @@ impl<P: Place, N: Number> Newest<P, N> {
 
 /// The newest published version, and how far the applier is.
 pub struct Publication {
-    newest: Newest<ArcSwap<Version>, AtomicU64>,
+    newest: Newest<ArcSwapOption<Version>, AtomicU64>,
     keys: AtomicU64,
     bytes: AtomicU64,
     started: Instant,
-    /// When a reader has asked last, in milliseconds since `started`.
-    asked_at: AtomicU64,
-    /// When a version was published last, likewise.
-    published_at: AtomicU64,
+    /// Until when a version is published for every batch, in milliseconds since `started`.
+    wanted_until: AtomicU64,
 }
 
 impl Publication {
     /// Publishes a first version.
     pub fn new(version: Version) -> Publication {
         let publication = Publication {
-            newest: Newest { version: ArcSwap::from_pointee(Version::default()), applied_index: AtomicU64::new(0) },
+            newest: Newest { version: ArcSwapOption::empty(), applied_index: AtomicU64::new(0) },
             keys: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             started: Instant::now(),
-            asked_at: AtomicU64::new(0),
-            published_at: AtomicU64::new(0),
+            wanted_until: AtomicU64::new(0),
         };
         publication.publish(version);
         publication
@@ -114,15 +110,15 @@ impl Publication {
     /// asked. Either way there will be one for every batch for a while.
     pub fn newest(&self) -> Option<Arc<Version>> {
         // Stored only when it changes: many readers would take the line from each other.
-        let now = self.millis();
-        if self.asked_at.load(Ordering::Relaxed) != now {
-            self.asked_at.store(now, Ordering::Relaxed);
+        let until = self.millis() + DEMAND_INTERVAL.as_millis() as u64;
+        if self.wanted_until.load(Ordering::Relaxed) != until {
+            self.wanted_until.store(until, Ordering::Relaxed);
         }
         self.newest.version()
     }
 
-    /// The version that was published last, however old.
-    pub fn last(&self) -> Arc<Version> {
+    /// What is published, however old. For the applier: to readers it may be older than an answer that they have seen.
+    pub fn published(&self) -> Option<Arc<Version>> {
         self.newest.version.load_full()
     }
 
@@ -141,12 +137,9 @@ impl Publication {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Whether somebody has read lately, or the last version is old. For the applier.
+    /// Whether somebody has read lately. For the applier.
     pub fn is_wanted(&self) -> bool {
-        let (now, interval) = (self.millis(), DEMAND_INTERVAL.as_millis() as u64);
-        // A reader's clock may be a millisecond ahead.
-        let since = |at: &AtomicU64| now.saturating_sub(at.load(Ordering::Relaxed));
-        since(&self.asked_at) < interval || since(&self.published_at) >= interval
+        self.millis() < self.wanted_until.load(Ordering::Relaxed)
     }
 
     /// Says how far the state has come. For the applier, before it answers anyone.
@@ -159,10 +152,14 @@ impl Publication {
     /// Publishes a version. For the applier; versions come in the order of their indexes.
     pub fn publish(&self, version: Version) -> Arc<Version> {
         let version = Arc::new(version);
-        self.newest.replace(version.clone());
-        self.published_at.store(self.millis(), Ordering::Relaxed);
+        self.newest.replace(Some(version.clone()));
         self.note(version.applied_index(), version.keys() as u64, version.bytes());
         version
+    }
+
+    /// Publishes none for now. For the applier.
+    pub fn withdraw(&self) {
+        self.newest.replace(None);
     }
 
     fn millis(&self) -> u64 {
@@ -184,37 +181,32 @@ mod tests {
         state.advance(1, 1);
         publication.note(1, 0, 0);
         assert!(publication.newest().is_none());
-        assert_eq!((publication.last().applied_index(), publication.applied_index()), (0, 1));
-        assert!(publication.is_wanted(), "somebody has asked");
+        assert_eq!((publication.published().unwrap().applied_index(), publication.applied_index()), (0, 1));
         publication.publish(state.version());
         assert_eq!(publication.newest().unwrap().applied_index(), 1);
+        publication.withdraw();
+        assert!(publication.newest().is_none() && publication.published().is_none());
+        assert_eq!(publication.applied_index(), 1);
     }
 
     #[test]
-    fn a_reader_whose_clock_is_ahead_harms_nobody() {
+    fn a_version_is_wanted_for_a_while_after_somebody_has_asked() {
         let publication = Publication::new(Version::default());
-        publication.asked_at.store(publication.millis() + 1000, Ordering::Relaxed);
+        assert!(!publication.is_wanted());
+        publication.newest();
         assert!(publication.is_wanted());
+        let started = publication.started.checked_sub(DEMAND_INTERVAL).unwrap();
+        assert!(!Publication { started, ..publication }.is_wanted(), "that was an interval ago");
     }
 
-    #[test]
-    fn an_old_version_is_replaced_although_nobody_reads() {
-        let publication = Publication::new(Version::default());
-        let past = Instant::now().checked_sub(DEMAND_INTERVAL * 3).unwrap();
-        let publication = Publication { started: past, ..publication };
-        assert!(publication.is_wanted(), "published three intervals ago");
-        publication.publish(Version::default());
-        assert!(!publication.is_wanted(), "asked three intervals ago, and published just now");
-    }
-
-    impl Place for loom::sync::Mutex<Arc<u64>> {
+    impl Place for loom::sync::Mutex<Option<Arc<u64>>> {
         type Version = u64;
 
-        fn load(&self) -> Arc<u64> {
+        fn load(&self) -> Option<Arc<u64>> {
             self.lock().unwrap().clone()
         }
 
-        fn store(&self, version: Arc<u64>) {
+        fn store(&self, version: Option<Arc<u64>>) {
             *self.lock().unwrap() = version;
         }
 
@@ -240,16 +232,17 @@ mod tests {
         use loom::sync::atomic::AtomicU64;
 
         loom::model(|| {
-            let newest = Newest { version: loom::sync::Mutex::new(Arc::new(0)), applied_index: AtomicU64::new(0) };
+            let newest = Newest { version: loom::sync::Mutex::new(None), applied_index: AtomicU64::new(0) };
             let shared = loom::sync::Arc::new((newest, AtomicU64::new(0)));
             let applier = shared.clone();
             let applying = loom::thread::spawn(move || {
                 let (newest, answered) = &*applier;
                 // One batch with a version, and one without.
-                newest.replace(Arc::new(1));
+                newest.replace(Some(Arc::new(1)));
                 newest.note(1);
                 answered.store(1, Ordering::Release);
                 newest.note(2);
+                newest.replace(None);
                 answered.store(2, Ordering::Release);
             });
             let (newest, answered) = &*shared;

@@ -114,7 +114,7 @@ impl<B: Backend> Api<B> {
     fn read(&self, session: &mut B::Session, consistency: Consistency) -> Result<Arc<Version>, Problem> {
         match consistency {
             Consistency::Linearizable => Ok(self.backend.read(session, self.deadline())?),
-            Consistency::Stale => Ok(self.backend.stale()),
+            Consistency::Stale => Ok(self.backend.stale()?),
         }
     }
 
@@ -200,7 +200,7 @@ impl<B: Backend> Api<B> {
             if !wait_while_connected(&watch, head, deadline)? {
                 break;
             }
-            version = self.backend.stale();
+            version = self.backend.stale()?;
         }
         let version = self.read(session, query.consistency)?;
         let found = look(&version)?;

@@ -119,6 +119,7 @@ fn wired(members: u64) -> Wired {
             metrics: metrics.clone(),
         },
         applier: ApplierThread {
+            told: applier.applied_index(),
             applier,
             batches,
             snapshotter: orders_tx.clone(),

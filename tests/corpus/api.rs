@@ -252,8 +252,8 @@ impl Backend for Shared {
         self.0.fault().map_or_else(|| Ok(self.0.version()), Err)
     }
 
-    fn stale(&self) -> Arc<Version> {
-        self.0.version()
+    fn stale(&self) -> Result<Arc<Version>, Refusal> {
+        Ok(self.0.version())
     }
 
     fn newest(&self) -> Option<Arc<Version>> {

@@ -145,7 +145,7 @@ impl Backend for Arc<Fake> {
             reply.send(match ask {
                 Ask::Write(command) => Reply::Write(self.write(&mut (), command, deadline)),
                 Ask::Read => Reply::Read(self.read(&mut (), deadline)),
-                Ask::StaleRead => Reply::Read(Ok(self.stale())),
+                Ask::StaleRead => Reply::Read(self.stale()),
             });
         }
     }
@@ -179,8 +179,8 @@ impl Backend for Arc<Fake> {
         }
     }
 
-    fn stale(&self) -> Arc<Version> {
-        Arc::new(self.state().machine.version())
+    fn stale(&self) -> Result<Arc<Version>, Refusal> {
+        Ok(Arc::new(self.state().machine.version()))
     }
 
     /// Every other time the applier has to be asked.
