@@ -53,8 +53,12 @@ pub(crate) fn run(cli: &EchoCli) -> Result<(), String> {
 
 /// Those of a node's answer to a GET.
 fn headers() -> Result<Vec<Header>, String> {
-    let fields =
-        [("Content-Type", "application/octet-stream"), ("ETag", "\"1000000\""), ("Raftexample-Index", "1000000")];
+    let fields = [
+        ("Content-Type", "application/octet-stream"),
+        ("ETag", "\"1000000\""),
+        ("Raftexample-Index", "1000000"),
+        ("Cache-Control", "no-cache"),
+    ];
     let header = |(name, text): (&str, &str)| {
         Header::from_bytes(name, text).map_err(|()| format!("{name}: {text} is no header"))
     };
