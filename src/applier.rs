@@ -33,12 +33,12 @@ pub const SNAPSHOT_REST_BYTES: u64 = 64 << 20;
 /// Bytes that an entry counts besides its command: about what it takes in the log, and for its place in memory.
 const ENTRY_BYTES: u64 = 100;
 
-/// What a waiting request is told once its batch is published.
+/// What a waiting request is told once it is known how far the state is.
 #[derive(Debug)]
 pub enum Done {
     /// A write was applied, or can't be told what it came to.
     Write(WriteReply),
-    /// A read may look at the published version.
+    /// A read may look at the version of this moment.
     Read,
     /// A change of the cluster is done, with this membership.
     Admin(Arc<Membership>),
@@ -80,7 +80,8 @@ impl Applier {
         Applier { state, membership, replaced: Vec::new() }
     }
 
-    /// Applies one item. Who waits for it is put into `done`, to be told after [`Self::version`] is published.
+    /// Applies one item. Who waits for it is put into `done`, to be told after it was
+    /// published how far the state is.
     pub fn apply<W>(&mut self, apply: Apply<W>, done: &mut Vec<(W, Done)>) -> Result<(), ApplyError> {
         match apply {
             Apply::Command { index, term, id, command, waiter } => {
@@ -109,6 +110,15 @@ impl Applier {
             Apply::Reads(waiters) => done.extend(waiters.into_iter().map(|waiter| (waiter, Done::Read))),
         }
         Ok(())
+    }
+
+    /// To be called before [`Self::apply`] with what is next, as many as [`LOOK_AHEAD_KEYS`](crate::store::LOOK_AHEAD_KEYS).
+    /// It changes nothing but how long that takes.
+    pub fn look_ahead<W>(&self, next: &[Apply<W>]) {
+        self.state.look_ahead(next.iter().filter_map(|apply| match apply {
+            Apply::Command { command, .. } => Command::key_of(command),
+            _ => None,
+        }));
     }
 
     fn command(&mut self, index: u64, term: u64, id: RequestId, command: &Bytes) -> Result<Applied, ApplyError> {

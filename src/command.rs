@@ -359,6 +359,21 @@ impl Command {
         Ok(command)
     }
 
+    /// The key that the entry's data sets or removes, if that is quickly said: `None` also for what is malformed, and behind
+    /// a condition that lists tags.
+    pub fn key_of(entry: &[u8]) -> Option<&[u8]> {
+        let mut fields = match Command::kind_of(entry).ok()? {
+            Kind::Put | Kind::Delete => Fields::new(&entry[2..], "command"),
+            Kind::RecordDirectory => return None,
+        };
+        for _condition in ["If-Match", "If-None-Match"] {
+            // None, or any tag at all.
+            fields.u8().ok().filter(|tags| *tags < 2)?;
+        }
+        Token::decode(&mut fields).ok()?;
+        fields.bytes(KEY_BYTES_MAX).ok()
+    }
+
     /// What the entry's data does, without reading the rest of it.
     ///
     /// # Errors
@@ -404,6 +419,22 @@ mod tests {
 
     use super::*;
 
+    impl Command {
+        fn key(&self) -> Option<&Bytes> {
+            match self {
+                Command::Put { key, .. } | Command::Delete { key, .. } => Some(key),
+                Command::RecordDirectory { .. } => None,
+            }
+        }
+
+        fn condition(&self) -> Option<&Condition> {
+            match self {
+                Command::Put { condition, .. } | Command::Delete { condition, .. } => Some(condition),
+                Command::RecordDirectory { .. } => None,
+            }
+        }
+    }
+
     fn tags() -> impl Strategy<Value = Option<Tags>> {
         prop_oneof![Just(None), Just(Some(Tags::Any)), vec(any::<u64>(), 0..5).prop_map(|tags| Some(Tags::List(tags)))]
     }
@@ -442,7 +473,13 @@ mod tests {
             let encoded = command.encode();
             prop_assert!(encoded.capacity() <= encoded.len() + Token::BYTES);
             let encoded = Bytes::from(encoded);
-            prop_assert_eq!(Command::decode(&encoded), Ok(command));
+            prop_assert_eq!(Command::decode(&encoded), Ok(command.clone()));
+            if let Some(key) = Command::key_of(&encoded) {
+                prop_assert!(command.key().is_some_and(|other| *key == **other), "{:?}", key);
+            } else if let Some(condition) = command.condition() {
+                let lists = [&condition.if_match, &condition.if_none_match].map(|tags| matches!(tags, Some(Tags::List(_))));
+                prop_assert!(lists.contains(&true), "its key is quickly said: {:?}", command);
+            }
             for end in 0..encoded.len() {
                 let cut = Command::decode(&encoded.slice(..end));
                 prop_assert!(matches!(cut, Err(CommandError::Malformed(_))), "cut at {}: {:?}", end, cut);
@@ -457,6 +494,7 @@ mod tests {
             let mut entry = vec![COMMAND_VERSION, kind];
             entry.extend(bytes);
             let entry = Bytes::from(entry);
+            let _ = Command::key_of(&entry);
             if let Ok(command) = Command::decode(&entry) {
                 prop_assert_eq!(command.encode(), entry.to_vec(), "two encodings of one command");
             }

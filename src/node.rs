@@ -104,7 +104,7 @@ use crate::publication::Publication;
 use crate::raft_core::{CoreOptions, RaftCore};
 use crate::raft_log::LogOptions;
 use crate::replica::{Apply, Replica};
-use crate::store::{Capture, Replacement, Version};
+use crate::store::{Capture, LOOK_AHEAD_KEYS, Replacement, Version};
 use crate::watch::{WATCHES_MAX, Watchers};
 
 /// Captures that wait for the snapshotter: one is being written, one may wait; a further one is skipped.
@@ -192,16 +192,21 @@ impl ApplierThread {
                     fail_point("applier-batch-taken");
                     let started = Instant::now();
                     let mut restored = None;
-                    for apply in batch {
-                        if done.len() >= ANSWERS_AT_ONCE {
-                            self.publish(&mut done);
+                    let mut batch = batch.into_iter();
+                    while !batch.as_slice().is_empty() {
+                        let ahead = batch.as_slice().len().min(LOOK_AHEAD_KEYS);
+                        self.applier.look_ahead(&batch.as_slice()[..ahead]);
+                        for apply in batch.by_ref().take(ahead) {
+                            if done.len() >= ANSWERS_AT_ONCE {
+                                self.publish(&mut done);
+                            }
+                            match &apply {
+                                Apply::Command { command, .. } => self.schedule.applied(command.len()),
+                                Apply::Restore { index, .. } => restored = Some(*index),
+                                _ => {}
+                            }
+                            self.applier.apply(apply, &mut done).map_err(|error| error.to_string())?;
                         }
-                        match &apply {
-                            Apply::Command { command, .. } => self.schedule.applied(command.len()),
-                            Apply::Restore { index, .. } => restored = Some(*index),
-                            _ => {}
-                        }
-                        self.applier.apply(apply, &mut done).map_err(|error| error.to_string())?;
                     }
                     fail_point("applier-publish-before");
                     self.publish(&mut done);

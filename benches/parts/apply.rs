@@ -80,13 +80,14 @@ impl Store {
         self.apply_all([command]);
     }
 
-    /// As a node applies a batch.
+    /// As a node applies a batch, or a part of a longer one.
     fn apply_all<const COUNT: usize>(&mut self, commands: [Bytes; COUNT]) {
         let mut index = self.applier.applied_index();
         let applies = commands.map(|command| {
             index += 1;
             Apply::Command { index, term: 1, id: request(index), command, waiter: Some(()) }
         });
+        self.applier.look_ahead(&applies);
         let mut done = Vec::new();
         for apply in applies {
             self.applier.apply(apply, &mut done).unwrap();

@@ -13,7 +13,7 @@ use imbl::Vector;
 pub const CHANGES_MAX: usize = 100_000;
 
 /// Changes of a block. What is published shares it, and then the next change copies it: with more of them that is dearer.
-const BLOCK_CHANGES_MAX: usize = 64;
+const BLOCK_CHANGES_MAX: usize = if cfg!(test) { 4 } else { 64 };
 
 /// Bytes of keys at which a block is full, though it has fewer changes than it may have; for the same reason.
 const BLOCK_KEY_BYTES: usize = 2048;
@@ -79,7 +79,7 @@ impl Block {
         let key_end = u32::try_from(self.keys.len()).expect("a block ends long before, and a key is 64 KiB at most");
         self.changes.push(Place { index: change.index, operation: change.operation, key_end });
         if self.is_full() {
-            // Room for twice as much as there is may stay unused, and no more.
+            // As much as there is may stay unused, and no more.
             self.changes.shrink_to(2 * self.changes.len());
             self.keys.shrink_to(2 * self.keys.len());
         }

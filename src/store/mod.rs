@@ -2,7 +2,7 @@
 //!
 //! [`StateMachine`] applies committed entries in order. It is deterministic: it asks no clock and no randomness, so
 //! every node that has applied the same entries has the same state, bit for bit in a snapshot. One thread owns it and
-//! publishes a [`Version`] for readers after each batch. A [`Capture`] is all of it at one index, for another thread
+//! makes a [`Version`] for readers. A [`Capture`] is all of it at one index, for another thread
 //! to write a snapshot from.
 
 mod history;
@@ -19,6 +19,7 @@ use imbl::Vector;
 
 pub use self::history::{CHANGES_MAX, Change, HistoryGone, Operation};
 pub use self::item::Item;
+pub use self::keys::LOOK_AHEAD_KEYS;
 pub use self::replacement::Replacement;
 pub use self::tokens::TOKENS_MAX;
 pub use self::version::{Changes, Listing, Version};
@@ -180,6 +181,11 @@ impl StateMachine {
             }
             Command::RecordDirectory { .. } => Applied::Membership,
         }
+    }
+
+    /// Readies the processor's caches for changes of these keys, [`LOOK_AHEAD_KEYS`] at most. Nothing else comes of it.
+    pub fn look_ahead<'k>(&self, keys: impl Iterator<Item = &'k [u8]>) {
+        self.visible.keys.look_ahead(keys);
     }
 
     /// Passes an entry that is no command: a leader's empty one, or a change of the membership.
