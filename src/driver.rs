@@ -271,6 +271,8 @@ pub enum ToApplier {
     SnapshotWanted,
     /// The disk is short of space: a snapshot lets the log be shortened, and should not be rested from.
     DiskShort,
+    /// Somebody has asked for a version.
+    VersionWanted,
     /// A client asks for a snapshot.
     Snapshot(Sender<Result<SnapshotInfo, Refusal>>),
 }

@@ -284,6 +284,8 @@ pub struct Queues {
     pub driver: Queue,
     /// Batches for the applier.
     pub applier: Queue,
+    /// Requests, and turns of the event loops, whose stale reads wait for the applier.
+    pub versions: Queue,
     /// Orders for the snapshotter.
     pub snapshotter: Queue,
     /// Writes of clients that were taken here and are not applied yet.
@@ -300,9 +302,9 @@ impl Queues {
     fn new(family: &Families) -> Queues {
         let lengths = family.gauges(
             "raftexample_queue_length",
-            "What waits in the node: events (driver), batches (applier), orders (snapshotter), writes of clients not \
-             applied yet (proposals), other nodes' writes not proposed yet (forwarded), linearizable reads (reads), \
-             requests for a change (watches).",
+            "What waits in the node: events (driver), batches (applier), stale reads without a version \
+             (versions), orders (snapshotter), writes of clients not applied yet (proposals), other nodes' writes not \
+             proposed yet (forwarded), linearizable reads (reads), requests for a change (watches).",
             &["queue"],
         );
         let limits =
@@ -312,6 +314,7 @@ impl Queues {
         Queues {
             driver: queue("driver"),
             applier: queue("applier"),
+            versions: queue("versions"),
             snapshotter: queue("snapshotter"),
             proposals: queue("proposals"),
             forwarded: queue("forwarded"),

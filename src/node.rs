@@ -27,11 +27,14 @@
 //! |---|---|---|---|---|
 //! | accept | event loop | a connection | `LETTERS_PER_CONNECTION` for each | waits |
 //! | event loop | driver | requests | `EVENTS_MAX` events and requests | refuses: 503 |
-//! | event loop | applier | stale reads | `APPLY_BATCHES_MAX` | refuses: 503 |
+//! | event loop | applier | stale reads | `VERSION_REQUESTS_MAX` | refuses: 503 |
+//! | event loop | applier | that a version is wanted | `APPLY_BATCHES_MAX` | drops: then it has something to publish |
 //! | connection | driver | a request | `EVENTS_MAX` | refuses: 503 |
 //! | connection | driver | the answer | 1 | waits until the request's deadline |
-//! | connection | applier | a stale read, an order for a snapshot | `APPLY_BATCHES_MAX` | refuses: 503 |
-//! | connection | applier | the answer | 1 | waits until the request's deadline |
+//! | connection | applier | a stale read | `VERSION_REQUESTS_MAX` | refuses: 503 |
+//! | connection | applier | that a version is wanted | `APPLY_BATCHES_MAX` | drops: then it has something to publish |
+//! | connection | applier | an order for a snapshot | `APPLY_BATCHES_MAX` | refuses: 503 |
+//! | connection | applier | the answer | 1 | waits until the request's deadline, or for `STALE_READ_TIMEOUT` |
 //! | connection | applier | a change, if its client waits for one | 1, for `WATCHES_MAX` | waits until the request's deadline |
 //! | peer connection | driver | a hello, and the answer | `EVENTS_MAX` | waits for `HELLO_TIMEOUT`, and refuses then |
 //! | peer connection | driver | messages | `EVENTS_MAX` and `PEER_BYTES_MAX` | waits, and TCP slows the peer down |
@@ -116,6 +119,10 @@ pub const SNAPSHOT_ENDS_MAX: usize = 3;
 
 const _: () = assert!(SNAPSHOT_ENDS_MAX == CAPTURES_MAX + 2);
 
+/// Stale reads that wait for the applier, each a request or those of one turn of an event loop: as many as there are
+/// connections.
+pub const VERSION_REQUESTS_MAX: usize = http::limits::CONNECTIONS_MAX;
+
 /// Answers that the applier gives at once, before it goes on with its batch: the event loop writes them meanwhile. Fewer
 /// cost more wake-ups; with all of a batch at once, clients wait for those behind them.
 const ANSWERS_AT_ONCE: usize = 8;
@@ -145,6 +152,8 @@ impl std::error::Error for NodeError {}
 pub struct ApplierThread {
     applier: Applier,
     batches: Receiver<ToApplier>,
+    /// Stale reads that have found no version.
+    version_requests: Receiver<Vec<ReplyTo>>,
     snapshotter: Sender<ToSnapshotter>,
     publication: Arc<Publication>,
     removals: Sender<u64>,
@@ -219,6 +228,7 @@ impl ApplierThread {
                 Ok(ToApplier::SnapshotWanted) if self.schedule.has(self.applier.applied_index()) => {}
                 Ok(ToApplier::SnapshotWanted) => self.capture(None),
                 Ok(ToApplier::DiskShort) => self.schedule.end_rest(),
+                Ok(ToApplier::VersionWanted) => self.publish(&mut done),
                 Ok(ToApplier::Snapshot(reply)) => self.capture(Some(reply)),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
@@ -232,13 +242,12 @@ impl ApplierThread {
 
     /// Makes the new state visible, and only then tells those who wait for it.
     fn publish(&mut self, done: &mut Vec<(ReplyTo, Done)>) {
+        done.extend(self.version_requests.try_iter().flatten().map(|waiter| (waiter, Done::Read)));
         let state = self.applier.state();
-        self.publication.note(state.applied_index(), state.keys() as u64, state.bytes());
-        // Asked only now: a client that begins to wait later sees what was noted.
-        let watched = self.watchers.any();
+        let wanted = self.publication.is_wanted() || self.watchers.any();
         let version = match self.publication.published() {
             Some(published) if published.applied_index() == state.applied_index() => published,
-            _ if watched || self.publication.is_wanted() => self.publication.publish(state.version()),
+            _ if wanted => self.publication.publish(state.version()),
             published => {
                 if published.is_some() {
                     self.publication.withdraw();
@@ -247,11 +256,17 @@ impl ApplierThread {
                 Arc::new(state.version())
             }
         };
+        // Only behind the version: who looks in between finds one, and need not ask.
+        self.publication.note(state.applied_index(), state.keys() as u64, state.bytes());
         self.applier.forget_replaced();
         let told = std::mem::replace(&mut self.told, version.applied_index());
-        if watched {
+        // Asked only now: a client that begins to wait later sees what was noted.
+        if self.watchers.any() {
             match version.changes(b"", told, usize::MAX) {
-                Ok(changes) => self.watchers.changed(changes.changes.iter().map(|change| &*change.key)),
+                Ok(changes) => {
+                    let keys = changes.changes.iter().map(|change| &*change.key);
+                    self.watchers.changed(told, version.applied_index(), keys);
+                }
                 // A snapshot took the place of more than the history holds.
                 Err(_) => self.watchers.all_changed(),
             }
@@ -405,6 +420,7 @@ pub struct NodeBackend {
     events: Sender<Event>,
     queued: QueuedRequests,
     applier: Sender<ToApplier>,
+    version_requests: Sender<Vec<ReplyTo>>,
     publication: Arc<Publication>,
     watchers: Arc<Watchers>,
     driver_progress: Progress,
@@ -442,24 +458,23 @@ impl NodeBackend {
         }
     }
 
-    /// Asks the applier itself: a stale read must not wait for the driver's disk.
+    /// Asks the applier itself: a stale read must not wait for the driver's disk, nor behind what the driver has handed to
+    /// the applier.
     fn submit_stale(&self, requests: Vec<ClientRequest>) {
         if requests.is_empty() {
             return;
         }
         let waiters = requests.into_iter().map(|request| request.reply).collect();
-        let sent = self.applier.try_send(ToApplier::Batch(vec![Apply::Reads(waiters)]));
-        let Err(TrySendError::Full(ToApplier::Batch(batch)) | TrySendError::Disconnected(ToApplier::Batch(batch))) =
-            sent
-        else {
-            return;
-        };
-        for apply in batch {
-            if let Apply::Reads(waiters) = apply {
-                let refused = |waiter: ReplyTo| waiter.send(Reply::Read(Err(Refusal::Overloaded(APPLIER_BUSY))));
-                waiters.into_iter().for_each(refused);
+        let (waiters, refusal) = match self.version_requests.try_send(waiters) {
+            Ok(()) => {
+                // Full, the applier has work before it, and looks for requests before it gives answers.
+                let _ = self.applier.try_send(ToApplier::VersionWanted);
+                return;
             }
-        }
+            Err(TrySendError::Full(waiters)) => (waiters, Refusal::Overloaded(APPLIER_STUCK)),
+            Err(TrySendError::Disconnected(waiters)) => (waiters, Refusal::Stopping),
+        };
+        waiters.into_iter().for_each(|waiter| waiter.send(Reply::Read(Err(refusal.clone()))));
     }
 
     fn submit_to_driver(&self, requests: Vec<ClientRequest>) {
@@ -498,10 +513,7 @@ impl NodeBackend {
 /// What a client is told whose request finds no room in a queue.
 const QUEUE_FULL: &str = "the node's queue is full";
 
-/// What a stale read is told that finds no room in the applier's queue, and no version as new as what was answered.
-const APPLIER_BUSY: &str = "the applier has more to do than it can queue";
-
-/// What it is told that the applier does not answer.
+/// What a stale read is told that finds no version as new as what was answered, and gets none.
 const APPLIER_STUCK: &str = "the applier does not answer";
 
 fn refusal<T>(error: TrySendError<T>) -> Refusal {
@@ -606,6 +618,7 @@ impl Backend for NodeBackend {
 struct Gauges {
     events: Sender<Event>,
     applier: Sender<ToApplier>,
+    version_requests: Sender<Vec<ReplyTo>>,
     snapshotter: Sender<ToSnapshotter>,
     publication: Arc<Publication>,
     watchers: Arc<Watchers>,
@@ -618,6 +631,7 @@ impl Gauges {
         let queues = &metrics.queues;
         queues.driver.set(self.events.len(), EVENTS_MAX);
         queues.applier.set(self.applier.len(), APPLY_BATCHES_MAX);
+        queues.versions.set(self.version_requests.len(), VERSION_REQUESTS_MAX);
         queues.snapshotter.set(self.snapshotter.len(), CAPTURES_MAX);
         queues.watches.set(self.watchers.count(), WATCHES_MAX);
         metrics.client_connections.set(clients.open(), clients.limit(), clients.refused());
@@ -847,6 +861,7 @@ impl Node {
         let acquaintances = Acquaintances::open(disk.clone()).map_err(|error| NodeError(error.to_string()))?;
         let (events_tx, events) = bounded(EVENTS_MAX);
         let (applier_tx, batches) = bounded(APPLY_BATCHES_MAX);
+        let (version_requests_tx, version_requests) = bounded(VERSION_REQUESTS_MAX);
         let (snapshotter, orders) = bounded(CAPTURES_MAX);
         let (removals_tx, removals) = bounded(REMOVALS_MAX);
         let files = SnapshotFiles::new(disk.clone(), identity.cluster);
@@ -862,6 +877,7 @@ impl Node {
         let gauges = Gauges {
             events: events_tx.clone(),
             applier: applier_tx.clone(),
+            version_requests: version_requests_tx.clone(),
             snapshotter: snapshotter.clone(),
             publication: publication.clone(),
             watchers: watchers.clone(),
@@ -872,6 +888,7 @@ impl Node {
             events: events_tx.clone(),
             queued: QueuedRequests::default(),
             applier: applier_tx.clone(),
+            version_requests: version_requests_tx,
             publication: publication.clone(),
             watchers: watchers.clone(),
             driver_progress: driver_progress.clone(),
@@ -882,6 +899,7 @@ impl Node {
             told: applier.applied_index(),
             applier,
             batches,
+            version_requests,
             snapshotter,
             removals: removals_tx.clone(),
             publication,

@@ -1,12 +1,12 @@
 //! Who waits for which keys to change.
 //!
 //! A client that waits costs the applier nothing while other keys change: it is entered here under its key or prefix,
-//! and the applier, after it has published a version, wakes only those whose keys are among the changes. With no one
+//! and the applier, after it has published how far it is, wakes only those whose keys are among the changes. With no one
 //! waiting that is one atomic load.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
-use std::sync::atomic::{AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -31,8 +31,8 @@ pub enum Interest {
 /// How a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wake {
-    /// A change was published; look again.
-    Changed,
+    /// There may be a change; look again. Up to this index there is none since the last look.
+    Changed(u64),
     /// The deadline has passed.
     TimedOut,
     /// The node is shutting down.
@@ -42,8 +42,10 @@ pub enum Wake {
 /// The clients that wait on one node.
 #[derive(Debug, Default)]
 pub struct Watchers {
-    /// How many are entered; read without the lock by the applier, after each published version.
+    /// How many are entered; read without the lock by the applier, each time that it has published how far it is.
     count: AtomicUsize,
+    /// The index up to which all were woken for whom there was a change.
+    told: AtomicU64,
     registry: Mutex<Registry>,
 }
 
@@ -59,8 +61,9 @@ struct Registry {
 #[derive(Debug)]
 struct Waiter {
     id: u64,
-    /// Has room for one wake-up: a second one before the first is seen says nothing new. Dropped at shutdown.
-    wakes_tx: Sender<()>,
+    /// Has room for one wake-up, with the index up to which there was no change: a second one before the first is seen
+    /// says nothing new. Dropped at shutdown.
+    wakes_tx: Sender<u64>,
 }
 
 /// A client that is entered, until this is dropped.
@@ -69,7 +72,7 @@ pub struct Watch<'a> {
     watchers: &'a Watchers,
     interest: Interest,
     id: u64,
-    wakes_rx: Receiver<()>,
+    wakes_rx: Receiver<u64>,
 }
 
 impl Watchers {
@@ -104,7 +107,7 @@ impl Watchers {
         Some(Watch { watchers: self, interest, id, wakes_rx })
     }
 
-    /// Whether anyone waits. To be asked after a version was published; if not, nothing needs to be woken.
+    /// Whether anyone waits. To be asked after it was published how far the applier is; if not, nobody needs to be woken.
     pub fn any(&self) -> bool {
         fence(Ordering::SeqCst);
         self.count.load(Ordering::Relaxed) > 0
@@ -115,19 +118,22 @@ impl Watchers {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Wakes those who wait for one of these keys. To be called after the version that holds the changes was published.
-    pub fn changed<'k>(&self, keys: impl IntoIterator<Item = &'k [u8]>) {
+    /// Wakes those who wait for one of these keys: of all that have changed after the index `told`, where the last call
+    /// ended, up to `index`. To be called after it was published that the applier is so far.
+    pub fn changed<'k>(&self, told: u64, index: u64, keys: impl IntoIterator<Item = &'k [u8]>) {
         let registry = self.lock();
         for key in keys {
-            registry.keys.get(key).into_iter().flatten().for_each(Waiter::wake);
-            registry.wake_prefixes_of(key);
+            registry.keys.get(key).into_iter().flatten().for_each(|waiter| waiter.wake(told));
+            registry.wake_prefixes_of(key, told);
         }
+        drop(registry);
+        self.told.store(index, Ordering::Release);
     }
 
     /// Wakes everyone: a snapshot has replaced the state, and what that changed is not known key by key.
     pub fn all_changed(&self) {
         let registry = self.lock();
-        registry.keys.values().chain(registry.prefixes.values()).flatten().for_each(Waiter::wake);
+        registry.keys.values().chain(registry.prefixes.values()).flatten().for_each(|waiter| waiter.wake(0));
     }
 
     /// Ends all waits, also those that begin later.
@@ -149,14 +155,14 @@ impl Registry {
     ///
     /// Of all prefixes up to some beginning of `key`, the greatest either is one of it, or shares a shorter beginning
     /// with it, and then none between the two can be one: it would be greater. So each step shortens the beginning.
-    fn wake_prefixes_of(&self, key: &[u8]) {
+    fn wake_prefixes_of(&self, key: &[u8], told: u64) {
         let mut beginning = Some(key);
         while let Some(bound) = beginning {
             let up_to_bound = (Bound::Unbounded, Bound::Included(bound));
             let Some((prefix, waiters)) = self.prefixes.range::<[u8], _>(up_to_bound).next_back() else { return };
             let shared = prefix.iter().zip(bound).take_while(|(a, b)| a == b).count();
             beginning = if shared == prefix.len() {
-                waiters.iter().for_each(Waiter::wake);
+                waiters.iter().for_each(|waiter| waiter.wake(told));
                 // The empty one is the last.
                 shared.checked_sub(1).map(|shorter| &key[..shorter])
             } else {
@@ -187,9 +193,9 @@ impl Registry {
 }
 
 impl Waiter {
-    fn wake(&self) {
+    fn wake(&self, told: u64) {
         // Full: it is awake already.
-        let _ = self.wakes_tx.try_send(());
+        let _ = self.wakes_tx.try_send(told);
     }
 }
 
@@ -197,10 +203,17 @@ impl Watch<'_> {
     /// Waits until a key of this interest may have changed, or `deadline` has passed.
     pub fn wait(&self, deadline: Instant) -> Wake {
         match self.wakes_rx.recv_deadline(deadline) {
-            Ok(()) => Wake::Changed,
+            Ok(told) => Wake::Changed(told),
             Err(RecvTimeoutError::Timeout) => Wake::TimedOut,
             Err(RecvTimeoutError::Disconnected) => Wake::Stopping,
         }
+    }
+
+    /// The index up to which there is no change since the last look, as far as is known; 0 if that is not.
+    pub fn unchanged_up_to(&self) -> u64 {
+        // Read first: whoever was to be woken up to there has been.
+        let told = self.watchers.told.load(Ordering::Acquire);
+        self.wakes_rx.try_recv().unwrap_or(told)
     }
 }
 
@@ -232,7 +245,7 @@ mod tests {
 
     /// Which of these watches are awake.
     fn awake(watches: &[Watch<'_>]) -> Vec<bool> {
-        watches.iter().map(|watch| watch.wait(Instant::now()) == Wake::Changed).collect()
+        watches.iter().map(|watch| matches!(watch.wait(Instant::now()), Wake::Changed(_))).collect()
     }
 
     #[test]
@@ -240,8 +253,8 @@ mod tests {
         let watchers = Watchers::new();
         let interests = [key("a/b"), key("a"), prefix("a/"), prefix(""), prefix("b"), key("a/b")];
         let watches: Vec<_> = interests.map(|interest| watchers.watch(interest).expect("there is room")).into();
-        watchers.changed([&b"a/b"[..], b"x"]);
-        watchers.changed([&b"a/b"[..]]);
+        watchers.changed(0, 2, [&b"a/b"[..], b"x"]);
+        watchers.changed(2, 3, [&b"a/b"[..]]);
         assert_eq!(awake(&watches), [true, false, true, true, false, true]);
         assert_eq!(awake(&watches), [false; 6], "one wake-up is enough");
         watchers.all_changed();
@@ -257,9 +270,25 @@ mod tests {
             let expected: Vec<_> = prefixes.iter().map(|prefix| key.starts_with(prefix)).collect();
             let interests = prefixes.into_iter().map(|prefix| Interest::Prefix(prefix.into()));
             let watches: Vec<_> = interests.map(|interest| watchers.watch(interest).expect("there is room")).collect();
-            watchers.changed([&*key]);
+            watchers.changed(0, 1, [&*key]);
             prop_assert_eq!(awake(&watches), expected);
         }
+    }
+
+    #[test]
+    fn who_was_not_woken_knows_that_nothing_has_changed() {
+        let watchers = Watchers::new();
+        let watch = watchers.watch(key("a")).expect("there is room");
+        assert_eq!(watch.unchanged_up_to(), 0);
+        watchers.changed(7, 8, [&b"b"[..]]);
+        assert_eq!(watch.unchanged_up_to(), 8);
+        watchers.changed(8, 9, [&b"a"[..]]);
+        watchers.changed(9, 10, [&b"a"[..]]);
+        assert_eq!(watch.wait(Instant::now()), Wake::Changed(8), "the first one counts");
+        watchers.changed(10, 11, [&b"a"[..]]);
+        assert_eq!(watch.unchanged_up_to(), 10, "it is awake");
+        watchers.all_changed();
+        assert_eq!(watch.unchanged_up_to(), 0, "nobody knows what has changed");
     }
 
     #[test]

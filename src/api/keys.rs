@@ -138,12 +138,13 @@ impl<B: Backend> Api<B> {
         let interest = Interest::Key(Bytes::copy_from_slice(key));
         // The key did not change up to here, so the history is not looked through again.
         let mut after = index;
-        let mut changed = |version: &Version| {
+        let changed = |version: &Version, unchanged_up_to| {
+            after = after.max(unchanged_up_to);
             let change = version.last_change(key, after).map_err(|gone| Problem::gone(gone.known_after))?;
             after = after.max(version.applied_index());
             Ok(change)
         };
-        match self.wait_for(session, head, interest, query, &mut changed)? {
+        match self.wait_for(session, head, interest, query, changed)? {
             (version, Some(_)) => answer_key(&version, key, condition),
             (version, None) => {
                 let etag = version.get(key).map(|item| item.etag());
@@ -164,13 +165,14 @@ impl<B: Backend> Api<B> {
         let limit = query.limit.unwrap_or(PAGE_ITEMS_MAX);
         // Nothing under the prefix changed up to here, so it is not looked through again.
         let mut after = index;
-        let mut changed = |version: &Version| {
+        let changed = |version: &Version, unchanged_up_to| {
+            after = after.max(unchanged_up_to);
             let changes =
                 version.changes(&query.prefix, after, limit).map_err(|gone| Problem::gone(gone.known_after))?;
             after = changes.index;
             Ok(Some(changes).filter(|changes| !changes.changes.is_empty()))
         };
-        let (version, changes) = self.wait_for(session, head, interest, query, &mut changed)?;
+        let (version, changes) = self.wait_for(session, head, interest, query, changed)?;
         let changes = changes.unwrap_or_else(|| Changes { changes: Vec::new(), index: after });
         Ok(answer::json(&changes_page(&changes), Some(version.applied_index())))
     }
@@ -181,41 +183,48 @@ impl<B: Backend> Api<B> {
     /// One read index at the beginning is enough for a linearizable answer: what this node applies later is newer than
     /// what was committed when the request came. When the time is up there is another, because the answer then says
     /// that nothing happened up to now, and not just that this node has heard of nothing.
+    ///
+    /// `look` is also told up to which index it need not look, as nothing has changed there since the last time: under load
+    /// the history is shorter than a wait. A version is held only while it is looked at: with it, what others overwrite
+    /// meanwhile would stay in memory.
     fn wait_for<T>(
         &self,
         session: &mut B::Session,
         head: &Head<'_>,
         interest: Interest,
         query: &Query<'_>,
-        look: &mut dyn FnMut(&Version) -> Result<Option<T>, Problem>,
+        mut look: impl FnMut(&Version, u64) -> Result<Option<T>, Problem>,
     ) -> Result<(Arc<Version>, Option<T>), Problem> {
         let deadline = Instant::now() + query.timeout.unwrap_or(WAIT_DEFAULT);
         let watch = self.backend.watchers().watch(interest).ok_or(Refusal::Overloaded("too many requests wait"))?;
-        let mut version = self.read(session, query.consistency)?;
-        loop {
-            let found = look(&version)?;
-            if found.is_some() {
-                return Ok((version, found));
-            }
-            if !wait_while_connected(&watch, head, deadline)? {
-                break;
-            }
-            version = self.backend.stale()?;
+        let mut look_at = |version: Arc<Version>, unchanged_up_to| {
+            let found = look(&version, unchanged_up_to)?;
+            Ok::<_, Problem>((version, found))
+        };
+        let first = look_at(self.read(session, query.consistency)?, 0)?;
+        if first.1.is_some() {
+            return Ok(first);
         }
-        let version = self.read(session, query.consistency)?;
-        let found = look(&version)?;
-        Ok((version, found))
+        drop(first);
+        while let Some(unchanged_up_to) = wait_while_connected(&watch, head, deadline)? {
+            let next = look_at(self.backend.stale()?, unchanged_up_to)?;
+            if next.1.is_some() {
+                return Ok(next);
+            }
+        }
+        let unchanged_up_to = watch.unchanged_up_to();
+        look_at(self.read(session, query.consistency)?, unchanged_up_to)
     }
 }
 
-/// Waits for a change; `false` if the deadline has passed.
-fn wait_while_connected(watch: &Watch<'_>, head: &Head<'_>, deadline: Instant) -> Result<bool, Problem> {
+/// Waits for a change, and returns up to which index there was none; `None` if the deadline has passed.
+fn wait_while_connected(watch: &Watch<'_>, head: &Head<'_>, deadline: Instant) -> Result<Option<u64>, Problem> {
     loop {
         let check_at = Instant::now() + CLIENT_CHECK_INTERVAL;
         match watch.wait(deadline.min(check_at)) {
-            Wake::Changed => return Ok(true),
+            Wake::Changed(told) => return Ok(Some(told)),
             Wake::Stopping => return Err(Refusal::Stopping.into()),
-            Wake::TimedOut if deadline <= check_at => return Ok(false),
+            Wake::TimedOut if deadline <= check_at => return Ok(None),
             Wake::TimedOut if head.client_gone() => return Err(Problem::new(503, "the client has gone")),
             Wake::TimedOut => {}
         }

@@ -87,6 +87,7 @@ fn wired(members: u64) -> Wired {
     let disk: Arc<dyn Disk> = Arc::new(memory);
     let (events_tx, events) = bounded(EVENTS_MAX);
     let (applier_tx, batches) = bounded(APPLY_BATCHES_MAX);
+    let (version_requests_tx, version_requests) = bounded(VERSION_REQUESTS_MAX);
     let (orders_tx, orders) = bounded(CAPTURES_MAX);
     let (removals_tx, removals) = bounded(REMOVALS_MAX);
     let (sent_tx, sent) = bounded(100_000);
@@ -104,6 +105,7 @@ fn wired(members: u64) -> Wired {
             events: events_tx.clone(),
             queued: QueuedRequests::default(),
             applier: applier_tx.clone(),
+            version_requests: version_requests_tx,
             publication: publication.clone(),
             watchers: watchers.clone(),
             driver_progress: Progress::new(started),
@@ -122,6 +124,7 @@ fn wired(members: u64) -> Wired {
             told: applier.applied_index(),
             applier,
             batches,
+            version_requests,
             snapshotter: orders_tx.clone(),
             publication: publication.clone(),
             removals: removals_tx.clone(),
@@ -286,8 +289,12 @@ fn with_all_queues_full_who_may_not_wait_is_refused_and_who_waits_goes_on_afterw
         backend.submit(&mut vec![request(number)]);
         assert!(is_refused(&replies.try_recv().unwrap()));
     }
-    let stale = ClientRequest { ask: Ask::StaleRead, deadline: by, reply: ReplyTo::Thread(reply.clone()) };
-    backend.submit(&mut vec![stale]);
+    let stale = || ClientRequest { ask: Ask::StaleRead, deadline: by, reply: ReplyTo::Thread(reply.clone()) };
+    for _ in 0..VERSION_REQUESTS_MAX {
+        backend.submit(&mut vec![stale()]);
+    }
+    assert!(replies.is_empty(), "stale reads do not wait in the queue that is full");
+    backend.submit(&mut vec![stale()]);
     assert!(is_refused(&replies.try_recv().unwrap()));
     let mut session = backend.session();
     let refused = backend.write(&mut session, put(0), by);
@@ -309,7 +316,7 @@ fn with_all_queues_full_who_may_not_wait_is_refused_and_who_waits_goes_on_afterw
 
     // The pressure is gone.
     let applying = spawn(move || applier.run());
-    for _ in 0..sent {
+    for _ in 0..sent + VERSION_REQUESTS_MAX {
         let reply = replies.recv_timeout(DEADLINE).expect("each of them is answered");
         let is_done = matches!(reply, Reply::Write(WriteReply::Applied(_)) | Reply::Read(Ok(_)));
         assert!(is_done, "{}", what(&reply));

@@ -12,7 +12,7 @@ use crate::store::StateMachine;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 #[track_caller]
-fn wait_until(condition: impl Fn() -> bool) {
+fn wait_until(mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
     while !condition() {
         assert!(started.elapsed() < DEADLINE, "it did not come to that");
@@ -195,7 +195,7 @@ fn the_applier_neither_reads_nor_frees_a_large_state() {
 fn what_was_overwritten_is_freed_while_nobody_reads() {
     let state = StateMachine::with_keys(5);
     let (key, old) = state.version().list(b"", None, 1).items.pop().map(|item| (item.key().to_vec(), item)).unwrap();
-    let Appliers { applier, batches, publication, .. } = applier(state);
+    let Appliers { applier, batches, version_requests, publication, .. } = applier(state);
     let put = |sequence| {
         let key = key.clone().into();
         let put = Command::Put { key, value: "new".into(), condition: Condition::default(), token: None };
@@ -215,11 +215,26 @@ fn what_was_overwritten_is_freed_while_nobody_reads() {
         let Ok(Reply::Read(Ok(version))) = replies.recv_timeout(DEADLINE) else { panic!("a read is answered") };
         assert_eq!((version.applied_index(), publication.published().is_none()), (7, true));
 
-        // Who looks for one and finds none asks for it.
+        // Who looks for one and finds none asks for it, and so do all for a while.
         batches.send(ToApplier::Batch(vec![put(3)])).unwrap();
+        wait_until(|| publication.applied_index() == 8);
         wait_until(|| {
-            batches.send(ToApplier::Batch(vec![Apply::Reads(Vec::new())])).unwrap();
-            publication.newest().is_some_and(|version| version.applied_index() == 8)
+            let (reply, replies) = bounded(1);
+            let before = publication.newest();
+            version_requests.send(vec![ReplyTo::Thread(reply)]).unwrap();
+            batches.send(ToApplier::VersionWanted).unwrap();
+            let Ok(Reply::Read(Ok(version))) = replies.recv_timeout(DEADLINE) else { panic!("a read is answered") };
+            assert_eq!(version.applied_index(), 8);
+            before.is_some_and(|version| version.applied_index() == 8)
+        });
+        let old = publication.newest().unwrap().get(&key).unwrap();
+
+        // Until it is long ago that somebody did.
+        let mut sequence = 3;
+        wait_until(|| {
+            sequence += 1;
+            batches.send(ToApplier::Batch(vec![put(sequence)])).unwrap();
+            publication.published().is_none() && old.is_unshared()
         });
         drop(batches);
         assert_eq!(applier.join().unwrap(), Ok(()));
@@ -255,6 +270,7 @@ fn a_snapshot_is_taken_on_request_while_older_ones_wait_to_be_removed() {
 struct Appliers {
     applier: ApplierThread,
     batches: Sender<ToApplier>,
+    version_requests: Sender<Vec<ReplyTo>>,
     publication: Arc<Publication>,
     orders: Receiver<ToSnapshotter>,
     removals: Receiver<u64>,
@@ -262,6 +278,7 @@ struct Appliers {
 
 fn applier(state: StateMachine) -> Appliers {
     let (batches_tx, batches) = bounded(APPLY_BATCHES_MAX);
+    let (version_requests_tx, version_requests) = bounded(VERSION_REQUESTS_MAX);
     let (snapshotter, orders) = bounded(CAPTURES_MAX);
     let (removals_tx, removals) = bounded(REMOVALS_MAX);
     let captured = state.applied_index();
@@ -270,6 +287,7 @@ fn applier(state: StateMachine) -> Appliers {
     let applier = ApplierThread {
         applier,
         batches,
+        version_requests,
         snapshotter,
         removals: removals_tx,
         publication: publication.clone(),
@@ -281,5 +299,5 @@ fn applier(state: StateMachine) -> Appliers {
         schedule: SnapshotSchedule::new(u64::MAX, captured),
         snapshot_ends: bounded(SNAPSHOT_ENDS_MAX).1,
     };
-    Appliers { applier, batches: batches_tx, publication, orders, removals }
+    Appliers { applier, batches: batches_tx, version_requests: version_requests_tx, publication, orders, removals }
 }

@@ -12,11 +12,11 @@ use crate::message::{
     AdminReply, AdminRequest, Ask, Backend, ClientRequest, MemberProgress, Refusal, Reply, SnapshotInfo, Status,
     Transfer, WriteReply,
 };
-use crate::store::{Applied, StateMachine, Version};
+use crate::store::{Applied, Item, StateMachine, Version};
 use crate::watch::Watchers;
 
 /// How long a test waits for clients to wait.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// See the module.
 pub(super) struct Fake {
@@ -72,12 +72,19 @@ impl Fake {
         let command = Command::encode_put(key, b"", &Condition::default(), None);
         let command = Command::decode(&command.into()).expect("it was encoded");
         let mut state = self.state();
+        let told = state.machine.applied_index();
         for _ in 0..count {
             state.writes += 1;
             let id = RequestId { node: 1, boot: 1, sequence: state.writes };
             let index = state.machine.applied_index() + 1;
             state.machine.apply(index, 1, id, &command);
         }
+        self.watchers.changed(told, state.machine.applied_index(), [key]);
+    }
+
+    /// What a key has.
+    pub(super) fn item(&self, key: &[u8]) -> Option<Item> {
+        self.state().machine.version().get(key)
     }
 
     /// How many writes got here.
@@ -160,10 +167,10 @@ impl Backend for Arc<Fake> {
         let id = RequestId { node: 1, boot: 1, sequence: state.writes };
         let index = state.machine.applied_index() + 1;
         let applied = state.machine.apply(index, 1, id, &command);
-        drop(state);
         if let Command::Put { key, .. } | Command::Delete { key, .. } = &command {
-            self.watchers.changed([&key[..]]);
+            self.watchers.changed(index - 1, index, [&key[..]]);
         }
+        drop(state);
         match applied {
             Applied::First(outcome) => WriteReply::Applied(outcome),
             other => panic!("a new request came to {other:?}"),

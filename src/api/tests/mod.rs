@@ -17,7 +17,7 @@ use crate::metrics::Metrics;
 use crate::store::CHANGES_MAX;
 
 use self::client::{Answer, Client};
-use self::fake::Fake;
+use self::fake::{Fake, PATIENCE};
 use super::target::parameters;
 use super::{Api, Limits};
 
@@ -802,6 +802,46 @@ fn a_wait_for_what_is_forgotten_begins_again() {
     assert_eq!((&page["index"], page["changes"].as_array().map(Vec::len)), (&json!(1003), Some(1000)));
     let index = server.get("/nothing").field("Raftexample-Index").expect("an index").to_owned();
     assert_eq!(server.get(&format!("/nothing?after-index={index}&timeout=0s")).status, 304);
+}
+
+#[test]
+fn a_wait_outlives_the_history_of_what_it_does_not_wait_for() {
+    let mut server = Server::start();
+    server.put("/k", b"1");
+    let waits =
+        ["/new?timeout=1m", "/?prefix=n&timeout=1m", "/never?timeout=1s", "/?prefix=x&timeout=1s"].map(|target| {
+            let mut client = server.another_client();
+            let request = format!("GET {target}&after-index=1");
+            std::thread::Builder::new().spawn(move || client.send(&request, &[], b"")).expect("a thread")
+        });
+    server.backend.await_watches(4);
+    server.backend.write_often(b"other", CHANGES_MAX + 2);
+    server.put("/new", b"5");
+    let [new, prefix, never, nothing] = waits.map(|thread| thread.join().expect("an answer"));
+    assert_eq!((new.status, &*new.body), (200, &b"5"[..]));
+    assert_eq!((prefix.status, prefix.json()["changes"][0]["key"].as_str()), (200, Some("new")));
+    assert_eq!(never.status, 304);
+    assert_eq!((nothing.status, &nothing.json()["changes"]), (200, &json!([])));
+}
+
+#[test]
+fn who_waits_keeps_nothing_in_memory() {
+    let mut server = Server::start();
+    server.put("/k", b"old");
+    let old = server.backend.item(b"k").expect("it was put");
+    let mut client = server.another_client();
+    let wait = move || client.send("GET /new?after-index=1&timeout=1m", &[], b"");
+    let waiting = std::thread::Builder::new().spawn(wait).expect("a thread");
+    server.backend.await_watches(1);
+    server.put("/k", b"new");
+    let deadline = Instant::now() + PATIENCE;
+    while !old.is_unshared() {
+        assert!(Instant::now() < deadline, "somebody holds the old value");
+        std::thread::yield_now();
+    }
+    assert!(!waiting.is_finished());
+    server.put("/new", b"");
+    assert_eq!(waiting.join().expect("an answer").status, 200);
 }
 
 #[test]
