@@ -18,7 +18,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::http::{Admission, Begun, Body, Caller, Head, Method, Response, Service, StatusCode};
+use crate::http::{self, Admission, Begun, Body, Caller, Head, Method, Response, Service, StatusCode};
 use crate::message::{ANSWER_GRACE, Ask, Backend, ClientRequest, Refusal, Reply, ReplyTo, STALE_READ_TIMEOUT};
 use crate::metrics::{self, Metrics};
 
@@ -45,10 +45,17 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The longest request line that a client may have reason to send, in bytes: with two keys, as a listing's `prefix`
-    /// and `after`, and every byte of them percent-encoded.
-    pub fn request_line_bytes(&self) -> usize {
-        2 * 3 * self.key_bytes_max + REQUEST_LINE_BYTES_BESIDE_KEYS
+    /// The limits of the server in front of the API.
+    pub fn server(&self) -> http::Limits {
+        let defaults = http::Limits::default();
+        // The longest request line that a client may have reason to send: with two keys, as a listing's `prefix` and
+        // `after`, and every byte of them percent-encoded.
+        let request_line_bytes = 2 * 3 * self.key_bytes_max + REQUEST_LINE_BYTES_BESIDE_KEYS;
+        http::Limits {
+            request_line_bytes: defaults.request_line_bytes.max(request_line_bytes),
+            gathered_bytes: defaults.gathered_bytes.min(self.value_bytes_max as u64),
+            ..defaults
+        }
     }
 }
 

@@ -976,9 +976,7 @@ impl Node {
             value_bytes_max: config.max_value_bytes,
             request_timeout: config.request_timeout,
         };
-        let defaults = http::Limits::default();
-        let request_line_bytes = defaults.request_line_bytes.max(limits.request_line_bytes());
-        let client_limits = http::Limits { request_line_bytes, ..defaults };
+        let client_limits = limits.server();
         let client_server = client_port
             .serve_in_loops(Arc::new(Api::new(backend, limits, metrics.clone())), client_limits, "http", event_loops)
             .map_err(|error| NodeError(format!("failed to serve the key-value port: {error}")))?;

@@ -39,9 +39,6 @@ use super::response::{Delivery, Encoder, Response};
 use super::service::{Begun, Service};
 use super::socket::Input;
 
-/// Bodies up to this size are gathered here; a larger one keeps a thread busy for a while anyway.
-const BODY_BYTES_MAX: u64 = 64 * 1024;
-
 /// Requests of one connection that are answered before the others get their turn: who pipelines is not served alone.
 const REQUESTS_PER_TURN_MAX: usize = 16;
 
@@ -487,7 +484,7 @@ fn length_of(bytes: &[u8], span: HeadSpan, limits: &Limits) -> Option<usize> {
     let mut slots: HeaderSlots<'_> = [const { MaybeUninit::uninit() }; HEADERS_MAX];
     let head = Head::parse(&bytes[span.start..span.end], &mut slots[..limits.headers.min(HEADERS_MAX)]).ok()?;
     let Framing::Length(body) = head.framing() else { return None };
-    let length = span.end + usize::try_from(body).ok().filter(|_| body <= BODY_BYTES_MAX)?;
+    let length = span.end + usize::try_from(body).ok().filter(|_| body <= limits.gathered_bytes)?;
     // Whoever waits to be told to go on is told so by a thread.
     if head.expects_continue() && bytes.len() < length { None } else { Some(length) }
 }

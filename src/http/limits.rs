@@ -29,6 +29,9 @@ pub const DRAIN_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// How long that may take.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// A body longer than this keeps a thread busy for a while anyway.
+pub const GATHERED_BYTES_MAX: u64 = 64 << 10;
+
 /// The limits of one server. [`Limits::default`] suits a port that strangers reach.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -45,6 +48,9 @@ pub struct Limits {
     /// For a buffered body to arrive whole, plus one second per 64 KiB of it; then 408. For a streamed body the
     /// longest silence, after which the reader gets `TimedOut`.
     pub body_timeout: Duration,
+    /// Bytes of a body that an event loop waits for; a request with a longer one moves to a thread as soon as its head is
+    /// here, which may refuse it without waiting.
+    pub gathered_bytes: u64,
     /// How long a connection may stay open without a byte of a request; then it is closed.
     pub idle_timeout: Duration,
     /// How long a client may take nothing of its answer, and, plus one second per 64 KiB, for the whole of it; then the
@@ -68,6 +74,7 @@ impl Default for Limits {
             headers: HEADERS_MAX,
             head_timeout: HEAD_TIMEOUT,
             body_timeout: BODY_TIMEOUT,
+            gathered_bytes: GATHERED_BYTES_MAX,
             idle_timeout: IDLE_TIMEOUT,
             write_timeout: WRITE_TIMEOUT,
             stack_bytes: STACK_BYTES,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use raftexample::api::{Api, Limits};
 use raftexample::command::{Command, RequestId};
-use raftexample::http::{self, Admission, Body, Head, OfflineConnection, Response, Service, Taking};
+use raftexample::http::{Admission, Body, Head, OfflineConnection, Response, Service, Taking};
 use raftexample::membership::Membership;
 use raftexample::message::{
     AdminReply, AdminRequest, Backend, ClientRequest, Refusal, SnapshotInfo, Status, WriteReply,
@@ -36,7 +36,7 @@ pub fn run(input: &[u8]) {
     let api = Api::new(Shared(node.clone()), LIMITS, METRICS.clone());
     let mut session = api.session(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
     let mut connection = OfflineConnection::new(choices.rest());
-    let limits = http::Limits { request_line_bytes: LIMITS.request_line_bytes(), ..http::Limits::default() };
+    let limits = LIMITS.server();
     for _ in 0..REQUESTS_MAX {
         let answered = connection.next(&limits, Taking::Whole(1000), |head, body| {
             let Ok(body) = body else { return false };

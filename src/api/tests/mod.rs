@@ -32,7 +32,7 @@ struct Server {
 
 impl Server {
     fn start() -> Self {
-        Self::start_within(HttpLimits::default())
+        Self::start_within(LIMITS.server())
     }
 
     fn start_within(limits: HttpLimits) -> Self {
@@ -476,8 +476,10 @@ fn options_names_the_methods() {
 fn a_body_too_long_is_refused_before_it_is_read() {
     let mut server = Server::start();
     let refused = |answer: &Answer| assert_eq!(problem(answer, 413)["outcome"], "not-applied");
-    // No byte of the body is ever sent.
+    // No byte of the body is ever sent, and nobody waits for one.
+    let began = Instant::now();
     refused(&server.another_client().send_raw(b"PUT /k HTTP/1.1\r\nHost: a\r\nContent-Length: 1001\r\n\r\n", false));
+    assert!(began.elapsed() < LIMITS.server().body_timeout / 2);
     let long = [&b"3e9\r\n"[..], &[b'x'; 1001], b"\r\n0\r\n\r\n"].concat();
     let chunked = b"PUT /k HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
     refused(&server.another_client().send_raw(&[&chunked[..], &long].concat(), false));
