@@ -10,9 +10,9 @@
 //!   sync: raft hands out only what is on this node's disk already (crate file `raft_log.rs`, `next_entries_since`), so
 //!   whoever waits for it need not wait for what comes behind. Changes of the configuration come after the sync.
 //! * **Commits are told with what is said anyway**: the next append. Raft by itself would send each
-//!   follower another message for each commit, and be answered. Only where somebody may wait for it, because the entry
-//!   or the read came from elsewhere, it is told at once; and by [`RaftCore::announce_commit`], which the caller owes
-//!   within moments while [`RaftCore::owes_commit`].
+//!   follower another message for each commit, and be answered. Only the followers where somebody may wait for it,
+//!   because the entry came from there, are told at once, and all of them if one is told a read index. The others are
+//!   told by [`RaftCore::announce_commit`], which the caller owes within moments while [`RaftCore::owes_commit`].
 //! * **Applied means handed out.** Raft's applied index is what [`Output::committed`] has received, in log order.
 //!   The membership is applied here, as its entries are handed out; the keys by whoever consumes the output, in the
 //!   same order. A read index may be answered once the consumer has applied up to it.
@@ -21,6 +21,7 @@
 //! * **Nothing from a peer reaches raft unchecked** ([`crate::message_check`]): the crate panics on many of them.
 
 use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -224,10 +225,19 @@ pub struct RaftCore {
     written: HardState,
     incoming: Option<Incoming>,
     removed: bool,
-    /// The commit index that the followers were told, or will be by what is on its way.
+    /// The commit index that all followers were told, or will be by what is on its way.
     announced: u64,
-    /// The last entry for which somebody may wait on another node.
-    awaited_elsewhere: u64,
+    /// On which other nodes somebody may wait for an entry, and which of them know more.
+    awaited_elsewhere: BTreeMap<NodeId, Awaited>,
+}
+
+/// What somebody on another node may wait for.
+#[derive(Default)]
+struct Awaited {
+    /// The last of those entries, or one behind it.
+    last: u64,
+    /// The commit index that the node was told, if that is above what all were.
+    told: u64,
 }
 
 impl RaftCore {
@@ -278,7 +288,7 @@ impl RaftCore {
             incoming: None,
             removed,
             announced: 0,
-            awaited_elsewhere: 0,
+            awaited_elsewhere: BTreeMap::new(),
         };
         core.draw_election_timeout();
         Ok(core)
@@ -336,15 +346,19 @@ impl RaftCore {
     /// Appends `commands` to the log, all or none, if this node leads and can take them. They are surely in no log
     /// if it answers false.
     pub fn propose(&mut self, commands: Vec<(RequestId, Bytes)>) -> bool {
-        let is_awaited_elsewhere = commands.iter().any(|(id, _)| id.node != self.id());
+        let elsewhere: BTreeSet<NodeId> =
+            commands.iter().map(|(id, _)| id.node).filter(|node| *node != self.id()).collect();
         let entries = commands.into_iter().map(|(id, data)| Entry {
             context: Bytes::copy_from_slice(&id.encode()),
             data,
             ..Entry::default()
         });
         let is_taken = self.propose_entries(entries.collect());
-        if is_taken && is_awaited_elsewhere {
-            self.awaited_elsewhere = self.last_index();
+        if is_taken {
+            let last = self.last_index();
+            for node in elsewhere {
+                self.awaited_elsewhere.entry(node).or_default().last = last;
+            }
         }
         is_taken
     }
@@ -406,9 +420,35 @@ impl RaftCore {
 
     /// Tells the followers what is committed, if they don't know. Left out, one of the next heartbeats tells them.
     pub fn announce_commit(&mut self) {
-        if self.owes_commit() {
-            self.raw.raft.bcast_append();
-            self.announced = self.commit_index();
+        self.tell_commit(true);
+    }
+
+    /// Tells what is committed to the followers that have not been told, or only to those of them on which somebody may wait
+    /// for it: the others hear of it with the next append, or by [`Self::announce_commit`].
+    fn tell_commit(&mut self, to_all: bool) {
+        if !self.owes_commit() {
+            return;
+        }
+        let (commit, announced, raft) = (self.commit_index(), self.announced, &mut self.raw.raft);
+        let followers: Vec<NodeId> = raft.prs().iter().map(|(node, _)| *node).filter(|node| *node != raft.id).collect();
+        // A node that is a member no more cannot be told anything.
+        self.awaited_elsewhere.retain(|node, _| followers.contains(node));
+        let mut are_all_told = true;
+        for node in followers {
+            let awaited = self.awaited_elsewhere.entry(node).or_default();
+            let told = awaited.told.max(announced);
+            if told < commit && (to_all || awaited.last > told) {
+                // Raft says nothing to a follower that it holds back from, which is told when all are.
+                let is_held_back = raft.prs().get(node).is_none_or(|progress| progress.is_paused());
+                raft.send_append(node);
+                if to_all || !is_held_back {
+                    awaited.told = commit;
+                }
+            }
+            are_all_told &= awaited.told.max(announced) == commit;
+        }
+        if are_all_told {
+            self.announced = commit;
         }
     }
 
@@ -475,9 +515,8 @@ impl RaftCore {
     fn process_one(&mut self, output: &mut impl Output) -> Result<u64, CoreError> {
         // A follower that is told a read index needs the commit index too.
         let tells_read_index = |message: &Message| message.msg_type == MessageType::MsgReadIndexResp;
-        if self.awaited_elsewhere > self.announced || self.raw.raft.msgs.iter().any(tells_read_index) {
-            self.announce_commit();
-        }
+        let to_all = self.raw.raft.msgs.iter().any(tells_read_index);
+        self.tell_commit(to_all);
         let mut ready = self.raw.ready();
         // A single voter becomes leader within one Ready: the term that its messages speak of is not written yet.
         let promises = ready.hs().is_some_and(|new| (new.term, new.vote) != (self.written.term, self.written.vote));
@@ -704,7 +743,9 @@ impl RaftCore {
             self.election_timeout = self.election_ticks + extra as usize;
             if raft.state == StateRole::Leader {
                 // What earlier leaders have left in the log came from anywhere.
-                self.awaited_elsewhere = raft.raft_log.last_index();
+                let last = raft.raft_log.last_index();
+                let others = raft.prs().iter().map(|(node, _)| *node).filter(|node| *node != raft.id);
+                self.awaited_elsewhere = others.map(|node| (node, Awaited { last, told: 0 })).collect();
             }
         }
         raft.set_randomized_election_timeout(self.election_timeout);
@@ -1026,7 +1067,7 @@ mod tests_of_two {
     }
 
     /// Lets the two talk until they have nothing more to say, or `enough`.
-    fn talk(cores: &mut [RaftCore; 2], enough: impl Fn(&[RaftCore; 2]) -> bool) {
+    fn talk<const COUNT: usize>(cores: &mut [RaftCore; COUNT], enough: impl Fn(&[RaftCore; COUNT]) -> bool) {
         loop {
             let mut sent = Sent::default();
             for core in cores.iter_mut() {
@@ -1168,5 +1209,38 @@ mod tests_of_two {
         assert_eq!(told(&cores), (true, first + 4), "a heartbeat told it, but might have told less");
         cores[0].announce_commit();
         assert!(!cores[0].owes_commit());
+    }
+
+    #[test]
+    fn a_commit_is_told_at_once_only_to_those_who_wait_for_it() {
+        let founding = founders(3);
+        let disks = [MemoryDisk::new(), MemoryDisk::new(), MemoryDisk::new()];
+        let open = |id: NodeId| core_on(log_on(&disks[id as usize - 1], id, &founding), id, &founding);
+        let mut cores = [open(1), open(2), open(3)];
+        cores[0].campaign();
+        talk(&mut cores, |_| false);
+        assert!(cores[0].is_leader() && !cores[0].owes_commit(), "what was there before came from anywhere");
+        let told = |cores: &[RaftCore; 3]| [1, 2].map(|i| cores[i].commit_index() == cores[0].commit_index());
+
+        assert!(cores[0].propose(write(2, 1)));
+        talk(&mut cores, |_| false);
+        assert_eq!((told(&cores), cores[0].owes_commit()), ([true, false], true));
+        cores[0].announce_commit();
+        let mut sent = Sent::default();
+        cores[0].process_ready(&mut sent).unwrap();
+        assert_eq!(sent.0.iter().map(|message| message.to).collect::<Vec<_>>(), [3], "2 knows it already");
+        assert!(!cores[0].owes_commit());
+        assert!(cores[0].propose([write(1, 1), write(3, 1)].concat()));
+        talk(&mut cores, |_| false);
+        assert_eq!((told(&cores), cores[0].owes_commit()), ([false, true], true));
+        assert!(cores[0].propose([write(2, 2), write(3, 2)].concat()));
+        talk(&mut cores, |_| false);
+        assert_eq!((told(&cores), cores[0].owes_commit()), ([true, true], false));
+        assert!(cores[0].propose(write(1, 2)));
+        talk(&mut cores, |_| false);
+        assert_eq!((told(&cores), cores[0].owes_commit()), ([false, false], true), "nobody waits elsewhere");
+        cores[0].announce_commit();
+        talk(&mut cores, |_| false);
+        assert_eq!((told(&cores), cores[0].owes_commit()), ([true, true], false));
     }
 }
