@@ -28,11 +28,11 @@
 //! | accept | event loop | a connection | `LETTERS_PER_CONNECTION` for each | waits |
 //! | event loop | driver | requests | `EVENTS_MAX` events and requests | refuses: 503 |
 //! | event loop | applier | stale reads | `VERSION_REQUESTS_MAX` | refuses: 503 |
-//! | event loop | applier | that a version is wanted | `APPLY_BATCHES_MAX` | drops: then it has something to publish |
+//! | event loop | applier | that a version is wanted | `APPLY_BATCHES_MAX` | drops: then it has something else to take |
 //! | connection | driver | a request | `EVENTS_MAX` | refuses: 503 |
 //! | connection | driver | the answer | 1 | waits until the request's deadline |
 //! | connection | applier | a stale read | `VERSION_REQUESTS_MAX` | refuses: 503 |
-//! | connection | applier | that a version is wanted | `APPLY_BATCHES_MAX` | drops: then it has something to publish |
+//! | connection | applier | that a version is wanted | `APPLY_BATCHES_MAX` | drops: then it has something else to take |
 //! | connection | applier | an order for a snapshot | `APPLY_BATCHES_MAX` | refuses: 503 |
 //! | connection | applier | the answer | 1 | waits until the request's deadline, or for `STALE_READ_TIMEOUT` |
 //! | connection | applier | a change, if its client waits for one | 1, for `WATCHES_MAX` | waits until the request's deadline |
@@ -228,10 +228,13 @@ impl ApplierThread {
                 Ok(ToApplier::SnapshotWanted) if self.schedule.has(self.applier.applied_index()) => {}
                 Ok(ToApplier::SnapshotWanted) => self.capture(None),
                 Ok(ToApplier::DiskShort) => self.schedule.end_rest(),
-                Ok(ToApplier::VersionWanted) => self.publish(&mut done),
                 Ok(ToApplier::Snapshot(reply)) => self.capture(Some(reply)),
-                Err(RecvTimeoutError::Timeout) => {}
+                Ok(ToApplier::VersionWanted) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            // Whatever was taken: who found the queue full relies on what is in it.
+            if !self.version_requests.is_empty() {
+                self.publish(&mut done);
             }
             if self.is_snapshot_due() {
                 self.capture(None);
@@ -467,7 +470,7 @@ impl NodeBackend {
         let waiters = requests.into_iter().map(|request| request.reply).collect();
         let (waiters, refusal) = match self.version_requests.try_send(waiters) {
             Ok(()) => {
-                // Full, the applier has work before it, and looks for requests before it gives answers.
+                // Full, the applier has something to take, and looks for requests behind it.
                 let _ = self.applier.try_send(ToApplier::VersionWanted);
                 return;
             }

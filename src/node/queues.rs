@@ -430,6 +430,20 @@ fn a_leader_sends_back_more_forwarded_writes_than_may_wait() {
     assert_eq!(applying.join().unwrap(), Ok(()));
 }
 
+#[test]
+fn a_stale_read_is_served_behind_orders_that_publish_nothing() {
+    let Wired { driver, applier, backend, batches, .. } = wired(1);
+    while batches.try_send(ToApplier::DiskShort).is_ok() {}
+    let (reply, replies) = bounded(1);
+    let deadline = Instant::now() + DEADLINE;
+    backend.submit(&mut vec![ClientRequest { ask: Ask::StaleRead, deadline, reply: ReplyTo::Thread(reply) }]);
+    let applying = spawn(move || applier.run());
+    let Ok(Reply::Read(Ok(version))) = replies.recv_timeout(DEADLINE) else { panic!("a stale read is answered") };
+    assert_eq!(version.applied_index(), backend.applied().0);
+    drop((driver, backend, batches));
+    assert_eq!(applying.join().unwrap(), Ok(()));
+}
+
 /// The rows of the table in this module's documentation, cell by cell.
 fn table() -> Vec<Vec<&'static str>> {
     let lines = include_str!("../node.rs").lines().filter_map(|line| line.strip_prefix("//! | "));
