@@ -103,7 +103,7 @@ impl<B: Backend> Api<B> {
             // The applier is busy, stuck or gone. A version as new as what this node has answered is a stale read.
             (Waiting::Read { key, condition, stale: true }, _) => match self.backend.newest() {
                 Some(version) => keys::answer_read(&version, &key, &condition),
-                None => answer::problem(&Refusal::Overloaded("the applier does not answer").into(), false),
+                None => answer::problem(&Refusal::APPLIER_STUCK.into(), false),
             },
             (Waiting::Read { .. }, Some(Reply::Read(Err(refusal)))) => answer::problem(&refusal.into(), false),
             (Waiting::Read { .. }, Some(_)) => unreachable!("a read is answered as a read"),

@@ -80,8 +80,8 @@ impl Applier {
         Applier { state, membership, replaced: Vec::new() }
     }
 
-    /// Applies one item. Who waits for it is put into `done`, to be told after it was
-    /// published how far the state is.
+    /// Applies one item. Who waits for it is put into `done`, to be told after it was published how
+    /// far the state is.
     pub fn apply<W>(&mut self, apply: Apply<W>, done: &mut Vec<(W, Done)>) -> Result<(), ApplyError> {
         match apply {
             Apply::Command { index, term, id, command, waiter } => {

@@ -28,6 +28,11 @@ pub enum Refusal {
     Invalid(String),
 }
 
+impl Refusal {
+    /// Of a stale read that finds no version as new as what this node has answered, and gets none.
+    pub const APPLIER_STUCK: Refusal = Refusal::Overloaded("the applier does not answer");
+}
+
 /// How a write ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WriteReply {

@@ -247,7 +247,7 @@ impl ApplierThread {
     fn publish(&mut self, done: &mut Vec<(ReplyTo, Done)>) {
         done.extend(self.version_requests.try_iter().flatten().map(|waiter| (waiter, Done::Read)));
         let state = self.applier.state();
-        let wanted = self.publication.is_wanted() || self.watchers.any();
+        let wanted = self.publication.is_wanted() || self.watchers.count() > 0;
         let version = match self.publication.published() {
             Some(published) if published.applied_index() == state.applied_index() => published,
             _ if wanted => self.publication.publish(state.version()),
@@ -255,21 +255,17 @@ impl ApplierThread {
                 if published.is_some() {
                     self.publication.withdraw();
                 }
+                self.publication.note(state.applied_index(), state.keys() as u64, state.bytes());
                 // For those only who have it coming.
                 Arc::new(state.version())
             }
         };
-        // Only behind the version: who looks in between finds one, and need not ask.
-        self.publication.note(state.applied_index(), state.keys() as u64, state.bytes());
         self.applier.forget_replaced();
         let told = std::mem::replace(&mut self.told, version.applied_index());
-        // Asked only now: a client that begins to wait later sees what was noted.
+        // Asked only now: a client that begins to wait later sees how far the state was said to be.
         if self.watchers.any() {
-            match version.changes(b"", told, usize::MAX) {
-                Ok(changes) => {
-                    let keys = changes.changes.iter().map(|change| &*change.key);
-                    self.watchers.changed(told, version.applied_index(), keys);
-                }
+            match version.changed_keys(told) {
+                Ok(keys) => self.watchers.changed(told, version.applied_index(), keys),
                 // A snapshot took the place of more than the history holds.
                 Err(_) => self.watchers.all_changed(),
             }
@@ -457,7 +453,7 @@ impl NodeBackend {
         match session.replies.recv_deadline(deadline) {
             Ok(Reply::Read(result)) => result,
             Ok(_) => unreachable!("a read is answered as a read"),
-            Err(_) => Err(Refusal::Overloaded(APPLIER_STUCK)),
+            Err(_) => Err(Refusal::APPLIER_STUCK),
         }
     }
 
@@ -474,7 +470,7 @@ impl NodeBackend {
                 let _ = self.applier.try_send(ToApplier::VersionWanted);
                 return;
             }
-            Err(TrySendError::Full(waiters)) => (waiters, Refusal::Overloaded(APPLIER_STUCK)),
+            Err(TrySendError::Full(waiters)) => (waiters, Refusal::APPLIER_STUCK),
             Err(TrySendError::Disconnected(waiters)) => (waiters, Refusal::Stopping),
         };
         waiters.into_iter().for_each(|waiter| waiter.send(Reply::Read(Err(refusal.clone()))));
@@ -515,9 +511,6 @@ impl NodeBackend {
 
 /// What a client is told whose request finds no room in a queue.
 const QUEUE_FULL: &str = "the node's queue is full";
-
-/// What a stale read is told that finds no version as new as what was answered, and gets none.
-const APPLIER_STUCK: &str = "the applier does not answer";
 
 fn refusal<T>(error: TrySendError<T>) -> Refusal {
     match error {

@@ -149,7 +149,8 @@ impl Publication {
         self.newest.note(applied_index);
     }
 
-    /// Publishes a version. For the applier; versions come in the order of their indexes.
+    /// Publishes a version, and behind it how far the state has come: who looks in between finds one. For the applier;
+    /// versions come in the order of their indexes.
     pub fn publish(&self, version: Version) -> Arc<Version> {
         let version = Arc::new(version);
         self.newest.replace(Some(version.clone()));
@@ -241,8 +242,8 @@ mod tests {
                 newest.replace(Some(Arc::new(1)));
                 newest.note(1);
                 answered.store(1, Ordering::Release);
-                newest.note(2);
                 newest.replace(None);
+                newest.note(2);
                 answered.store(2, Ordering::Release);
             });
             let (newest, answered) = &*shared;

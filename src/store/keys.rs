@@ -424,11 +424,11 @@ impl Keys {
 
     /// The items whose keys are not below `from`.
     pub(crate) fn from(&self, from: &[u8]) -> impl Iterator<Item = &Item> {
-        let (mut behind, mut node) = (Vec::new(), &*self.root);
+        let (position, mut behind, mut node) = (Position::of(from), Vec::new(), &*self.root);
         loop {
             match node {
                 Node::Branch(branch) => {
-                    let i = branch.child_of(Position::of(from));
+                    let i = branch.child_of(position);
                     behind.push(branch.children[i + 1..].iter());
                     node = &branch.children[i];
                 }

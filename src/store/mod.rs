@@ -2,8 +2,7 @@
 //!
 //! [`StateMachine`] applies committed entries in order. It is deterministic: it asks no clock and no randomness, so
 //! every node that has applied the same entries has the same state, bit for bit in a snapshot. One thread owns it and
-//! makes a [`Version`] for readers. A [`Capture`] is all of it at one index, for another thread
-//! to write a snapshot from.
+//! makes a [`Version`] for readers. A [`Capture`] is all of it at one index, for another thread to write a snapshot from.
 
 mod history;
 mod item;

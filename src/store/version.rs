@@ -93,6 +93,14 @@ impl Version {
         Ok(Changes { changes, index })
     }
 
+    /// The keys of all changes after `after`, ascending by index.
+    ///
+    /// # Errors
+    /// If changes after `after` have been forgotten.
+    pub fn changed_keys(&self, after: u64) -> Result<impl Iterator<Item = &[u8]>, HistoryGone> {
+        Ok(self.history.after(after)?.map(|change| change.key))
+    }
+
     /// The index of the key's last change, deletion included, if that is above `after`.
     ///
     /// For a key that does not exist it looks at every change after `after`, newest first, so a waiting client should
@@ -160,6 +168,7 @@ mod tests {
         assert_eq!(changes(b"b/", 0, 9), (vec![1, 3, 5], 6));
         assert_eq!(changes(b"b/", 0, 2), (vec![1, 3], 3));
         assert_eq!(changes(b"b/", 3, 2), (vec![5], 6));
+        assert!(version.changed_keys(3).unwrap().eq([&b"c"[..], b"b/2", b"c"]));
         assert_eq!(changes(b"x", 3, 2), (vec![], 6));
         assert_eq!(changes(b"", 6, 2), (vec![], 6));
         assert_eq!(changes(b"", 8, 2), (vec![], 8), "an index to come");
@@ -181,6 +190,7 @@ mod tests {
         assert_eq!(version.last_change(b"b", 1), Ok(Some(2)), "of a key that exists everything is known");
         assert_eq!(version.last_change(b"a", 4), Err(HistoryGone { known_after: 5 }));
         assert_eq!(version.changes(b"", 4, 1), Err(HistoryGone { known_after: 5 }));
+        assert_eq!(version.changed_keys(4).err(), Some(HistoryGone { known_after: 5 }));
         assert_eq!(version.changes_known_after(), 5);
     }
 }

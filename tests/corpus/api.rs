@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use raftexample::api::{Api, Limits};
 use raftexample::command::{Command, RequestId};
-use raftexample::http::{Admission, Body, Head, OfflineConnection, Response, Service, Taking};
+use raftexample::http::{self, Admission, Body, Head, OfflineConnection, Response, Service, Taking};
 use raftexample::membership::Membership;
 use raftexample::message::{
     AdminReply, AdminRequest, Backend, ClientRequest, Refusal, SnapshotInfo, Status, WriteReply,
@@ -24,6 +24,9 @@ use crate::choices::Choices;
 
 const LIMITS: Limits = Limits { key_bytes_max: 40, value_bytes_max: 200, request_timeout: Duration::from_secs(1) };
 
+/// Of a request line: so few that inputs go beyond.
+const REQUEST_LINE_BYTES: usize = 1264;
+
 /// Requests of one connection that are looked at.
 const REQUESTS_MAX: usize = 12;
 
@@ -36,7 +39,7 @@ pub fn run(input: &[u8]) {
     let api = Api::new(Shared(node.clone()), LIMITS, METRICS.clone());
     let mut session = api.session(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
     let mut connection = OfflineConnection::new(choices.rest());
-    let limits = LIMITS.server();
+    let limits = http::Limits { request_line_bytes: REQUEST_LINE_BYTES, ..LIMITS.server() };
     for _ in 0..REQUESTS_MAX {
         let answered = connection.next(&limits, Taking::Whole(1000), |head, body| {
             let Ok(body) = body else { return false };
