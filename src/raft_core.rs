@@ -426,10 +426,12 @@ impl RaftCore {
     /// Tells what is committed to the followers that have not been told, or only to those of them on which somebody may wait
     /// for it: the others hear of it with the next append, or by [`Self::announce_commit`].
     fn tell_commit(&mut self, to_all: bool) {
-        if !self.owes_commit() {
+        let announced = self.announced;
+        let is_awaited = || self.awaited_elsewhere.values().any(|awaited| awaited.last > awaited.told.max(announced));
+        if !self.owes_commit() || !(to_all || is_awaited()) {
             return;
         }
-        let (commit, announced, raft) = (self.commit_index(), self.announced, &mut self.raw.raft);
+        let (commit, raft) = (self.commit_index(), &mut self.raw.raft);
         let followers: Vec<NodeId> = raft.prs().iter().map(|(node, _)| *node).filter(|node| *node != raft.id).collect();
         // A node that is a member no more cannot be told anything.
         self.awaited_elsewhere.retain(|node, _| followers.contains(node));
@@ -1038,7 +1040,7 @@ mod tests {
 }
 
 #[cfg(test)]
-mod tests_of_two {
+mod tests_of_several {
     use super::*;
     use crate::command::Condition;
     use crate::fixtures::{core_on, founders, log_on};
@@ -1066,7 +1068,7 @@ mod tests_of_two {
         }
     }
 
-    /// Lets the two talk until they have nothing more to say, or `enough`.
+    /// Lets them talk until they have nothing more to say, or `enough`.
     fn talk<const COUNT: usize>(cores: &mut [RaftCore; COUNT], enough: impl Fn(&[RaftCore; COUNT]) -> bool) {
         loop {
             let mut sent = Sent::default();
